@@ -1,0 +1,9 @@
+// One bind_<op> per operation; setup.py finds csrc/<op>.cpp by its stem.
+#pragma once
+#include <pybind11/pybind11.h>
+
+namespace pyops {
+
+void bind_layer_norm(pybind11::module_& m);
+
+}  // namespace pyops

@@ -1,0 +1,19 @@
+"""Fused neural-network kernels for PyTorch: one function each, on CPU, CUDA and Triton, with gradients of every order."""
+
+from . import nn
+from .backend import explain, use_backend
+from .layer_norm import add_layer_norm, layer_norm, layer_norm2d, rms_norm
+from .replace import replace
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "add_layer_norm",
+    "explain",
+    "layer_norm",
+    "layer_norm2d",
+    "nn",
+    "replace",
+    "rms_norm",
+    "use_backend",
+]

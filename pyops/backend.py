@@ -1,0 +1,257 @@
+"""Which implementation serves a call, and by which way it is reached.
+
+Four backends have one meaning: ``eager`` (plain differentiable PyTorch, the definition), ``cpu`` and ``cuda`` (the
+compiled extension ``pyops._C``), ``triton``. A backend is a module with ``<op>_fwd``, ``<op>_bwd`` and
+``<op>_bwd_workspace``. Whether one can serve a call is decided from facts, never by trying.
+
+A plain eager call goes straight to the backend. Under anything that needs to see an operator (torch.compile, tracing,
+functorch, dispatch modes, tensor subclasses, negative or zero tensors) the same leaf is called as ``torch.ops.pyops``;
+:func:`is_plain` asks the question.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import logging
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+from torch.autograd import forward_ad
+
+logger = logging.getLogger("pyops")
+
+FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter)
+
+
+@dataclass
+class Backend:
+    """One implementation: how to load it, and why it would not serve a tensor (None when it would)."""
+
+    name: str
+    load: Callable[[], ModuleType | None]
+    unusable: Callable[[torch.Tensor], str | None]
+
+
+try:
+    _C: ModuleType | None = importlib.import_module("pyops._C")
+    _C_ERROR = ""
+except ImportError as error:
+    _C, _C_ERROR = None, str(error)
+
+
+def _cpu_unusable(x: torch.Tensor) -> str | None:
+    if _C is None:
+        return f'the extension is missing ({_C_ERROR}); reinstall pyops, or use "eager"'
+    if x.device.type != "cpu":
+        return f"it serves CPU tensors, not {x.device.type}"
+    return None
+
+
+def _cuda_unusable(x: torch.Tensor) -> str | None:
+    if _C is None:
+        return f'the extension is missing ({_C_ERROR}); reinstall pyops, or use "triton" or "eager"'
+    if _C.cuda_archs is None:
+        return 'it was not built (no nvcc at install, or PYOPS_CUDA=0); use "triton", or reinstall with nvcc'
+    if x.device.type != "cuda":
+        return f"it serves CUDA tensors, not {x.device.type}"
+    if torch.cuda.get_device_capability(x.device) < (8, 0):
+        return f'it needs compute capability 8.0, {x.device} has less; use "triton"'
+    return None
+
+
+def _triton_unusable(x: torch.Tensor) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed; pip install triton"
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if x.device.type != "cuda" and not (interpreted and x.device.type == "cpu"):
+        return f"it serves CUDA tensors (CPU tensors under TRITON_INTERPRET=1), not {x.device.type}"
+    return None
+
+
+def _load_triton() -> ModuleType:
+    return importlib.import_module("pyops._triton")
+
+
+BACKENDS = {
+    "eager": Backend("eager", lambda: None, lambda _: None),
+    "cpu": Backend("cpu", lambda: _C, _cpu_unusable),
+    "cuda": Backend("cuda", lambda: _C, _cuda_unusable),
+    "triton": Backend("triton", _load_triton, _triton_unusable),
+}
+# Which backends are considered for a device when none is named, best first.
+PREFERRED = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
+_CPU_IS_FIRST = _C is not None
+
+# The public functions, for explain().
+OPERATIONS = ("layer_norm", "rms_norm", "add_layer_norm", "layer_norm2d")
+
+_forced: str | None = None
+
+
+def check_name(op: str, name: str) -> None:
+    if name not in BACKENDS:
+        raise ValueError(f"{op}: backend must be one of {', '.join(BACKENDS)}, or None, got {name!r}")
+
+
+@contextlib.contextmanager
+def use_backend(name: str | None) -> Iterator[None]:
+    """Within the block, every pyops function whose ``backend`` is not given runs on ``name``.
+
+    Args:
+        name: "eager", "cpu", "cuda" or "triton"; None restores the automatic choice. Blocks nest. The choice is
+            process-wide, like torch's own switches, so that autograd's threads see it.
+    """
+    global _forced
+    if name is not None:
+        check_name("use_backend", name)
+    before = _forced
+    _forced = name
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def choose(op: str, x: torch.Tensor, name: str | None) -> str:
+    """The backend that runs ``op`` on a tensor like ``x``: a name of BACKENDS, or "torch" where none serves it.
+
+    A named backend is used or refused with the reason and the remedy; it is never replaced by another one.
+    """
+    if name is None:
+        name = _forced
+    if name is None:
+        if _CPU_IS_FIRST and x.is_cpu:
+            return "cpu"
+        for candidate in PREFERRED.get(x.device.type, ()):
+            if BACKENDS[candidate].unusable(x) is None:
+                return candidate
+        _log_fallback(op, x.device.type)
+        return "torch"
+    check_name(op, name)
+    if name == "cpu" and x.is_cpu and _CPU_IS_FIRST:
+        return "cpu"
+    reason = BACKENDS[name].unusable(x)
+    if reason is not None:
+        raise ValueError(f"{op}: backend must be able to serve x, got {name!r}: {reason}")
+    return name
+
+
+_logged: set[tuple[str, str]] = set()
+
+
+@torch.compiler.assume_constant_result
+def _log_fallback(op: str, device: str) -> None:
+    if (op, device) in _logged:
+        return
+    _logged.add((op, device))
+    reasons = "; ".join(f"{name}: {BACKENDS[name].unusable(torch.empty(0, device=device))}" for name in PREFERRED.get(device, ()))
+    logger.warning("%s on %s runs torch's own operator (%s)", op, device, reasons or "no backend serves this device")
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What :func:`explain` found: the backend that would run, and for each other one why it would not."""
+
+    op: str
+    chosen: str
+    reasons: dict[str, str]
+
+    def __str__(self) -> str:
+        lines = [f"{self.op} runs on {self.chosen}"]
+        lines += [f"  {name:<7} {reason}" for name, reason in self.reasons.items()]
+        return "\n".join(lines)
+
+
+def explain(op: str, *args: object, backend: str | None = None, **kwargs: object) -> Explanation:
+    """Which backend would run ``pyops.<op>(*args, **kwargs)``, and why each other one would not.
+
+    Args:
+        op: the name of a pyops function, "layer_norm" for instance.
+        args, kwargs: its arguments; nothing is computed.
+        backend: as in the function itself.
+
+    Returns:
+        Explanation: ``chosen`` and ``reasons`` by backend; its ``str`` is a table.
+    """
+    x = next((a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor)), None)
+    if x is None:
+        raise TypeError("explain: args must hold a torch.Tensor, got none")
+    if op not in OPERATIONS:
+        raise ValueError(f"explain: op must be one of {', '.join(OPERATIONS)}, got {op!r}")
+    reasons = {}
+    wanted = backend if backend is not None else _forced
+    try:
+        chosen = choose(op, x, backend)
+    except ValueError as error:
+        chosen = f"nothing ({error})"
+    for name, candidate in BACKENDS.items():
+        reason = candidate.unusable(x)
+        if name == chosen:
+            reasons[name] = "chosen" if wanted is None else "chosen: asked for by name"
+        elif reason is not None:
+            reasons[name] = f"cannot: {reason}"
+        elif wanted is not None:
+            reasons[name] = f"could, but {wanted!r} was asked for"
+        elif name in PREFERRED.get(x.device.type, ()):
+            reasons[name] = f"could, but {chosen} comes first"
+        else:
+            reasons[name] = "could, when asked for by name"
+    return Explanation(op, chosen, reasons)
+
+
+def leaf(name: str) -> ModuleType:
+    """The loaded module of a backend."""
+    module = BACKENDS[name].load()
+    assert module is not None, f"backend {name} has no kernels"
+    return module
+
+
+# ---- which way a call takes ----
+
+
+def _private(name: str, default: Callable) -> Callable:
+    """A private function of torch._C, or a default that makes every call take the operator's way."""
+    return getattr(torch._C, name, default)
+
+
+_dispatch_modes = _private("_len_torch_dispatch_stack", lambda: 1)
+_functorch_active = _private("_are_functorch_transforms_active", lambda: True)
+_is_compiling = torch.compiler.is_dynamo_compiling
+
+
+def is_plain(*tensors: torch.Tensor | None) -> bool:
+    """Whether the compiled kernels may read these tensors' memory directly."""
+    if _is_compiling() or _dispatch_modes() or _functorch_active():
+        return False
+    for t in tensors:
+        if t is not None and (type(t) not in _PLAIN_TYPES or t.is_neg() or t._is_zerotensor()):
+            return False
+    return True
+
+
+def functorch_active() -> bool:
+    """Inside vmap, grad, vjp, ... of torch.func (not forward AD alone)."""
+    return _functorch_constant() if _is_compiling() else _functorch_active()
+
+
+@torch.compiler.assume_constant_result
+def _functorch_constant() -> bool:
+    return _functorch_active()
+
+
+def needs_definition() -> bool:
+    """Forward AD, and functorch inside torch.compile: only plain torch operators are right there."""
+    if _is_compiling():
+        return _functorch_constant() or _forward_ad_constant()
+    return forward_ad._current_level >= 0
+
+
+@torch.compiler.assume_constant_result
+def _forward_ad_constant() -> bool:
+    return forward_ad._current_level >= 0

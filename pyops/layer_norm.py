@@ -1,0 +1,851 @@
+"""Layer normalisation: definition, operators, autograd, public functions and modules.
+
+Ba, Kiros, Hinton, "Layer Normalization" (2016); Zhang, Sennrich, "Root Mean Square Layer Normalization" (2019).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import autograd
+from .backend import FLOATING, choose, functorch_active, is_plain, leaf, needs_definition
+from .philox import draw_seed, drop_scale, keep_mask
+
+_get_num_threads = torch.get_num_threads
+_grad_enabled = torch.is_grad_enabled
+
+
+class Config(NamedTuple):
+    """The plain values of a call, in the order of the operator's schema."""
+
+    dims: int  # how many trailing dimensions are normalised
+    channels_first: bool  # instead: dimension -3 of (..., C, H, W)
+    eps: float
+    weight_offset: float  # 1 for a zero-centred weight
+    p: float  # dropout
+    rms: bool
+    from_output: bool  # save y rather than x
+    backend: str
+
+
+def _acc(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+# ---- the definition ----
+
+
+def _affine_shape(t: Tensor, like: Tensor, dims: int) -> Tensor:
+    """A parameter, possibly with leading batch dimensions of its own, so that it broadcasts against ``like``."""
+    lead = t.dim() - dims
+    return t.reshape(*t.shape[:lead], *(1,) * (like.dim() - t.dim()), *t.shape[lead:]) if lead else t
+
+
+def definition(
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, seed: Tensor | None, c: Config
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(y, h, mean, rstd) in differentiable torch operators: what every kernel computes.
+
+    h    = dropout(x, p) + residual        (x without residual)
+    xhat = (h - mean(h)) * rsqrt(var(h) + eps)        or h * rsqrt(mean(h^2) + eps) for RMSNorm
+    y    = xhat * (weight_offset + weight) + bias
+
+    Arithmetic in float32 (float64 for float64); h is rounded to the dtype of x before the statistics.
+    """
+    acc = _acc(x.dtype)
+    if c.channels_first:
+        x = x.movedim(-3, -1)
+    h = x
+    if residual is not None:
+        if seed is not None:
+            C = math.prod(x.shape[x.dim() - c.dims :])
+            keep = keep_mask(seed, x.numel() // C if C else 0, C, c.p).reshape(x.shape)
+            h = torch.where(keep, (x.to(acc) * drop_scale(c.p)).to(x.dtype), 0.0)
+        h = h + residual
+    over = tuple(range(-c.dims, 0))
+    wide = h.to(acc)
+    mean = wide.mean(over, keepdim=True)
+    centred = wide if c.rms else wide - mean
+    rstd = torch.rsqrt((centred * centred).mean(over, keepdim=True) + c.eps)
+    y = centred * rstd
+    if weight is not None:
+        y = y * (_affine_shape(weight, y, c.dims).to(acc) + c.weight_offset)
+    if bias is not None:
+        y = y + _affine_shape(bias, y, c.dims).to(acc)
+    y = y.to(x.dtype)
+    mean, rstd = (s.reshape(s.shape[: s.dim() - c.dims]) for s in (mean, rstd))
+    return (y.movedim(-1, -3), h.movedim(-1, -3), mean, rstd) if c.channels_first else (y, h, mean, rstd)
+
+
+def gradients(
+    dy: Tensor,
+    dsum: Tensor | None,
+    saved: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor | None,
+    rstd: Tensor | None,
+    seed: Tensor | None,
+    c: Config,
+    batch: int = 0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(dx, dresidual, dweight, dbias) in differentiable torch operators.
+
+    ``saved`` is h, or y with ``from_output``. Without mean and rstd they are computed from h, so that gradients flow
+    through them. ``batch`` leading dimensions are not summed over in dweight and dbias.
+    """
+    acc = _acc(saved.dtype)
+    if c.channels_first:
+        dy, saved = dy.movedim(-3, -1), saved.movedim(-3, -1)
+    over = tuple(range(-c.dims, 0))
+
+    def column(s: Tensor) -> Tensor:
+        return s.reshape(*s.shape, *(1,) * c.dims)
+
+    wide, dwide = saved.to(acc), dy.to(acc)
+    w = None if weight is None else _affine_shape(weight, wide, c.dims).to(acc) + c.weight_offset
+    if c.from_output:
+        xhat = wide if bias is None else wide - _affine_shape(bias, wide, c.dims).to(acc)
+        xhat = xhat if w is None else xhat / w
+        rstd = column(rstd)
+    elif rstd is None:
+        centred = wide if c.rms else wide - wide.mean(over, keepdim=True)
+        rstd = torch.rsqrt((centred * centred).mean(over, keepdim=True) + c.eps)
+        xhat = centred * rstd
+    else:
+        rstd = column(rstd)
+        xhat = (wide if mean is None else wide - column(mean)) * rstd
+    g = dwide if w is None else dwide * w
+    dh = g - xhat * (g * xhat).mean(over, keepdim=True)
+    if not c.rms:
+        dh = dh - g.mean(over, keepdim=True)
+    dh = dh * rstd
+    if dsum is not None:
+        dh = dh + dsum.to(acc)
+    dx = dh
+    if seed is not None:
+        C = math.prod(dh.shape[dh.dim() - c.dims :])
+        keep = keep_mask(seed, dh.numel() // C, C, c.p).reshape(dh.shape)
+        dx = torch.where(keep, dh * drop_scale(c.p), 0.0)
+    lead = tuple(range(batch, max(dwide.dim(), wide.dim()) - c.dims))
+    dweight, dbias = dwide * xhat, dwide.expand_as(xhat)
+    if lead:
+        dweight, dbias = dweight.sum(lead), dbias.sum(lead)
+    dx, dresidual = dx.to(saved.dtype), dh.to(saved.dtype)
+    param = next((t.dtype for t in (weight, bias) if t is not None), saved.dtype)
+    if c.channels_first:
+        dx, dresidual = dx.movedim(-1, -3), dresidual.movedim(-1, -3)
+    return dx, dresidual, dweight.to(param), dbias.to(param)
+
+
+# ---- leaves: allocate, then run a backend ----
+
+
+def _sizes(x: Tensor, c: Config) -> tuple[int, int, tuple[int, ...]]:
+    """Features C, pixels P per image (1 for rows), and the shape of the statistics."""
+    shape = tuple(x.shape)
+    if c.channels_first:
+        return shape[-3], shape[-2] * shape[-1], shape[:-3] + shape[-2:]
+    at = len(shape) - c.dims
+    return math.prod(shape[at:]), 1, shape[:at]
+
+
+def _as_rows(t: Tensor, C: int) -> Tensor:
+    """t, or a [R, C] view of it with dense features, or a dense copy."""
+    if t.is_contiguous():
+        return t
+    t = t.reshape(-1, C)
+    return t if t.stride(1) == 1 else t.contiguous()
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    return x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+
+
+def _to_rows(t: Tensor | None) -> Tensor | None:
+    """A channels_last (N, C, H, W) tensor as rows (N, H, W, C), which are dense."""
+    return None if t is None else t.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
+
+
+_ROWS = {"dims": 1, "channels_first": False}
+
+
+def forward_leaf(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    c: Config,
+    statistics: bool = True,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """(y, sum, mean, rstd) on the kernels of ``c.backend``; what was not asked for is None."""
+    if c.channels_first and _is_channels_last(x):
+        y, total, mean, rstd = forward_leaf(_to_rows(x), None, weight, bias, None, c._replace(**_ROWS), statistics)
+        return y.permute(0, 3, 1, 2), total, mean, rstd
+    C, P, lead = _sizes(x, c)
+    if c.channels_first:
+        x, y = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
+    else:
+        y = torch.empty_like(x, memory_format=torch.contiguous_format)
+        x = _as_rows(x, C)
+    total = mean = rstd = None
+    if residual is not None:
+        total = torch.empty_like(y)
+        residual = _as_rows(residual, C)
+    if statistics:
+        acc = _acc(x.dtype)
+        rstd = torch.empty(lead, dtype=acc, device=x.device)
+        mean = None if c.rms else torch.empty_like(rstd)
+    if weight is not None:
+        weight = weight.contiguous()
+    if bias is not None:
+        bias = bias.contiguous()
+    leaf(c.backend).layer_norm_fwd(
+        x, residual, weight, bias, seed, y, total, mean, rstd, C, P, c.eps, c.weight_offset, c.p, c.rms,
+        _get_num_threads(),
+    )  # fmt: skip
+    return y, total, mean, rstd
+
+
+def backward_leaf(
+    dy: Tensor,
+    dsum: Tensor | None,
+    saved: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor | None,
+    rstd: Tensor,
+    seed: Tensor | None,
+    c: Config,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    """(dx, dresidual, dweight, dbias) on the kernels of ``c.backend``; None where ``needs`` says so."""
+    if c.channels_first and _is_channels_last(saved):
+        dx, _, dweight, dbias = backward_leaf(
+            _to_rows(dy), None, _to_rows(saved), weight, bias, mean, rstd, None, c._replace(**_ROWS), needs
+        )
+        return None if dx is None else dx.permute(0, 3, 1, 2), None, dweight, dbias
+    C, P, _ = _sizes(saved, c)
+    need_x, need_residual, need_weight, need_bias = needs
+    # Without dropout the residual's gradient is that of x.
+    shared = need_residual and seed is None
+    dx = torch.empty_like(saved, memory_format=torch.contiguous_format) if need_x or shared else None
+    dresidual = torch.empty_like(saved, memory_format=torch.contiguous_format) if need_residual and not shared else None
+    param = weight if weight is not None else bias
+    dweight = dbias = workspace = None
+    module = leaf(c.backend)
+    threads = _get_num_threads()
+    if not c.channels_first:
+        dy, saved = _as_rows(dy, C), _as_rows(saved, C)
+        dsum = None if dsum is None else _as_rows(dsum, C)
+    else:
+        dy, saved = dy.contiguous(), saved.contiguous()
+    if need_weight or need_bias:
+        dweight = torch.empty_like(param, memory_format=torch.contiguous_format) if need_weight else None
+        dbias = torch.empty_like(param, memory_format=torch.contiguous_format) if need_bias else None
+        workspace = torch.empty(
+            module.layer_norm_bwd_workspace(saved, C, P, threads), dtype=_acc(saved.dtype), device=saved.device
+        )
+    module.layer_norm_bwd(
+        dy, dsum, saved,
+        None if weight is None else weight.contiguous(), None if bias is None else bias.contiguous(),
+        mean, rstd, seed, dx, dresidual, dweight, dbias, workspace,
+        C, P, c.weight_offset, c.p, c.rms, c.from_output, threads,
+    )  # fmt: skip
+    return (dx if need_x else None), (dx if shared else dresidual), dweight, dbias
+
+
+# ---- the leaves as torch operators ----
+
+_CONFIG = (
+    "int dims, bool channels_first, float eps, float weight_offset, float p, bool rms, bool from_output, str backend"
+)
+_library = torch.library.Library("pyops", "FRAGMENT")
+_library.define(
+    "layer_norm_fwd(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor? seed, "
+    f"{_CONFIG}) -> (Tensor y, Tensor sum, Tensor mean, Tensor rstd)"
+)
+_library.define(
+    "layer_norm_bwd(Tensor dy, Tensor? dsum, Tensor saved, Tensor? weight, Tensor? bias, Tensor? mean, Tensor rstd, "
+    f"Tensor? seed, {_CONFIG}, bool[4] needs) -> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)"
+)
+
+
+def _absent(like: Tensor) -> Tensor:
+    """An operator's output that was not asked for: schemas have no optional results."""
+    return like.new_empty(0)
+
+
+def _present(t: Tensor | None, like: Tensor) -> Tensor:
+    return _absent(like) if t is None else t
+
+
+def _fwd_operator(x, residual, weight, bias, seed, *config):  # noqa: ANN001
+    results = forward_leaf(x, residual, weight, bias, seed, Config(*config))
+    return tuple(_present(t, x) for t in results)
+
+
+def _bwd_operator(dy, dsum, saved, weight, bias, mean, rstd, seed, *config_needs):  # noqa: ANN001
+    *config, needs = config_needs
+    results = backward_leaf(dy, dsum, saved, weight, bias, mean, rstd, seed, Config(*config), needs)
+    dx, dresidual, dweight, dbias = (_present(t, saved) for t in results)
+    return dx, dresidual.clone() if dresidual is dx else dresidual, dweight, dbias
+
+
+for _device in ("CPU", "CUDA"):
+    _library.impl("layer_norm_fwd", _fwd_operator, _device)
+    _library.impl("layer_norm_bwd", _bwd_operator, _device)
+
+
+def _empty_output(x: Tensor, c: Config) -> Tensor:
+    keep = c.channels_first and _is_channels_last(x)
+    return torch.empty_like(x, memory_format=torch.channels_last if keep else torch.contiguous_format)
+
+
+@torch.library.register_fake("pyops::layer_norm_fwd", lib=_library)
+def _fwd_fake(x, residual, weight, bias, seed, *config):  # noqa: ANN001, ARG001
+    c = Config(*config)
+    lead = x.shape[:-3] + x.shape[-2:] if c.channels_first else x.shape[: x.dim() - c.dims]
+    rstd = x.new_empty(lead, dtype=_acc(x.dtype))
+    total = _absent(x) if residual is None else torch.empty_like(x, memory_format=torch.contiguous_format)
+    return _empty_output(x, c), total, _absent(x) if c.rms else torch.empty_like(rstd), rstd
+
+
+@torch.library.register_fake("pyops::layer_norm_bwd", lib=_library)
+def _bwd_fake(dy, dsum, saved, weight, bias, mean, rstd, seed, *config_needs):  # noqa: ANN001, ARG001
+    *config, needs = config_needs
+    c = Config(*config)
+    param = weight if weight is not None else bias
+    grads = [_empty_output(saved, c) if need else _absent(saved) for need in needs[:2]]
+    for need in needs[2:]:
+        grads.append(torch.empty_like(param, memory_format=torch.contiguous_format) if need else _absent(saved))
+    return tuple(grads)
+
+
+def _batched_first(t: Tensor | None, dim: int | None, size: int) -> Tensor | None:
+    """The batch dimension in front, expanded where there is none."""
+    if t is None:
+        return None
+    return t.movedim(dim, 0) if dim is not None else t.expand(size, *t.shape)
+
+
+def _per_sample(op: Any, info: Any, in_dims: tuple, args: tuple) -> tuple:
+    """One call for each sample: with dropout, every sample has the mask that it would have alone."""
+    runs = []
+    for i in range(info.batch_size):
+        picked = [a if d is None else a.select(d, i) for a, d in zip(args, in_dims)]
+        runs.append(op(*picked))
+    results = tuple(torch.stack(r) for r in zip(*runs))
+    return results, (0,) * len(results)
+
+
+@torch.library.register_vmap("pyops::layer_norm_fwd", lib=_library)
+def _fwd_vmap(info, in_dims, x, residual, weight, bias, seed, *config):  # noqa: ANN001
+    op = torch.ops.pyops.layer_norm_fwd.default
+    if seed is not None:
+        return _per_sample(op, info, in_dims, (x, residual, weight, bias, seed, *config))
+    c = Config(*config)
+    size = info.batch_size
+    x, residual = _batched_first(x, in_dims[0], size), _batched_first(residual, in_dims[1], size)
+    if in_dims[2] is None and in_dims[3] is None:
+        flat = x.flatten(0, -4) if c.channels_first else x
+        results = op(flat, residual, weight, bias, None, *config)
+        if c.channels_first:
+            results = tuple(r.unflatten(0, x.shape[:-3]) if r.numel() or not flat.numel() else r for r in results)
+    else:
+        weight, bias = (None if t is None else _batched_first(t, d, size) for t, d in ((weight, in_dims[2]), (bias, in_dims[3])))
+        y, total, mean, rstd = definition(x, residual, weight, bias, None, c)
+        results = y, _absent(x) if residual is None else total, _absent(x) if c.rms else mean, rstd
+    out = [0, None if residual is None else 0, None if c.rms else 0, 0]
+    return tuple(results), tuple(out)
+
+
+@torch.library.register_vmap("pyops::layer_norm_bwd", lib=_library)
+def _bwd_vmap(info, in_dims, dy, dsum, saved, weight, bias, mean, rstd, seed, *config_needs):  # noqa: ANN001
+    if seed is not None:
+        op = torch.ops.pyops.layer_norm_bwd.default
+        return _per_sample(op, info, in_dims, (dy, dsum, saved, weight, bias, mean, rstd, seed, *config_needs))
+    *config, needs = config_needs
+    size = info.batch_size
+    tensors = (dy, dsum, saved, weight, bias, mean, rstd)
+    # Per-sample parameter gradients are not what the kernels sum: the formula keeps the batch apart.
+    dy, dsum, saved, mean, rstd = (_batched_first(t, in_dims[i], size) for i, t in enumerate(tensors) if i not in (3, 4))
+    weight, bias = (t if in_dims[i] is None else _batched_first(t, in_dims[i], size) for i, t in ((3, weight), (4, bias)))
+    found = gradients(dy, dsum, saved, weight, bias, mean, rstd, None, Config(*config), batch=1)
+    results = tuple(g if need else _absent(saved) for g, need in zip(found, needs))
+    return results, tuple(0 if need else None for need in needs)
+
+
+# ---- autograd ----
+
+
+class LayerNormRule(autograd.Rule):
+    """Tensors: x, residual, weight, bias, seed. Saved: h or y, weight, bias, mean, rstd, seed."""
+
+    name = "LayerNorm"
+    n_tensors = 5
+    n_saved = 6
+    n_grads = 2  # of y, and of the sum (with residual) or of rstd (with from_output)
+
+    @staticmethod
+    def forward(direct, tensors, config):  # noqa: ANN001, ANN205
+        x, residual, weight, bias, seed = tensors
+        if direct:
+            return forward_leaf(x, residual, weight, bias, seed, Config(*config))
+        y, total, mean, rstd = torch.ops.pyops.layer_norm_fwd(x, residual, weight, bias, seed, *config)
+        return y, None if residual is None else total, None if config[5] else mean, rstd
+
+    @staticmethod
+    def outputs(results, config):  # noqa: ANN001, ANN205
+        y, total, _, rstd = results
+        if total is not None:
+            return y, total
+        # Gradients of higher order reach x through rstd too, when y stands for x.
+        return (y, rstd) if Config(*config).from_output else (y,)
+
+    @staticmethod
+    def saved(tensors, results, config):  # noqa: ANN001, ANN205
+        x, _, weight, bias, seed = tensors
+        y, total, mean, rstd = results
+        if Config(*config).from_output:
+            return y, weight, bias, None, rstd, seed
+        return x if total is None else total, weight, bias if weight is None else None, mean, rstd, seed
+
+    @staticmethod
+    def _incoming(grads, saved, c):  # noqa: ANN001, ANN205
+        """dy (zeros when only the second output was used), dsum, drstd."""
+        dy, second = grads
+        dy = torch.zeros_like(saved[0]) if dy is None else dy
+        return (dy, None, second) if c.from_output else (dy, second, None)
+
+    @staticmethod
+    def _through_rstd(drstd, saved, c):  # noqa: ANN001, ANN205
+        """What a gradient of rstd adds to dx: drstd / dx = -rstd^2 xhat / C."""
+        y, weight, bias, _, rstd, _ = saved
+        C, _, _ = _sizes(y, c)
+        wide = y.movedim(-3, -1) if c.channels_first else y
+        xhat = wide.to(rstd.dtype) if bias is None else wide - bias.to(rstd.dtype)
+        xhat = xhat if weight is None else xhat / (weight.to(rstd.dtype) + c.weight_offset)
+        scale = (-drstd * rstd * rstd / C).reshape(*rstd.shape, *(1,) * c.dims)
+        dx = (scale * xhat).to(y.dtype)
+        return dx.movedim(-1, -3) if c.channels_first else dx
+
+    @classmethod
+    def backward(cls, direct, grads, saved, config, needs):  # noqa: ANN001, ANN206
+        c = Config(*config)
+        dy, dsum, drstd = cls._incoming(grads, saved, c)
+        h, weight, bias, mean, rstd, seed = saved
+        wanted = needs[:4]
+        if direct:
+            dx, dresidual, dweight, dbias = backward_leaf(dy, dsum, h, weight, bias, mean, rstd, seed, c, wanted)
+        else:
+            found = torch.ops.pyops.layer_norm_bwd(dy, dsum, h, weight, bias, mean, rstd, seed, *config, wanted)
+            dx, dresidual, dweight, dbias = (g if need else None for g, need in zip(found, wanted))
+        if drstd is not None and dx is not None:
+            dx = dx + cls._through_rstd(drstd, saved, c)
+        return dx, dresidual, dweight, dbias, None
+
+    @classmethod
+    def formula(cls, grads, saved, config, needs):  # noqa: ANN001, ANN206
+        c = Config(*config)
+        dy, dsum, drstd = cls._incoming(grads, saved, c)
+        h, weight, bias, _, rstd, seed = saved
+        found = gradients(dy, dsum, h, weight, bias, None, rstd if c.from_output else None, seed, c)
+        dx, dresidual, dweight, dbias = (g if need else None for g, need in zip(found, needs))
+        if drstd is not None and dx is not None:
+            dx = dx + cls._through_rstd(drstd, saved, c)
+        return dx, dresidual, dweight, dbias, None
+
+
+PlainFunction, FunctorchFunction = autograd.make(LayerNormRule)
+
+
+# ---- public functions ----
+
+
+def _fail(op: str, argument: str, rule: str, got: object, kind: type[Exception] = ValueError) -> None:
+    raise kind(f"{op}: {argument} must {rule}, got {got}")
+
+
+def _check_tensor(op: str, name: str, t: object, like: Tensor | None = None) -> None:
+    if not isinstance(t, Tensor):
+        _fail(op, name, "be a torch.Tensor", type(t).__name__, TypeError)
+    if t.dtype not in FLOATING:
+        _fail(op, name, "have dtype float64, float32, bfloat16 or float16", t.dtype, TypeError)
+    if like is not None and t.device != like.device:
+        _fail(op, name, f"be on the device of x, {like.device}", t.device)
+
+
+def _check_parameters(op: str, x: Tensor, shape: tuple[int, ...], weight: object, bias: object) -> None:
+    for name, t in (("weight", weight), ("bias", bias)):
+        if t is None:
+            continue
+        _check_tensor(op, name, t, x)
+        if tuple(t.shape) != shape:
+            _fail(op, name, f"have shape {shape}", tuple(t.shape))
+        if t.dtype != x.dtype and not (t.dtype == torch.float32 and x.dtype.itemsize == 2):
+            _fail(op, name, f"have the dtype of x, {x.dtype}, or be float32 beside 16-bit x", t.dtype, TypeError)
+    if weight is not None and bias is not None and weight.dtype != bias.dtype:
+        _fail(op, "bias", f"have the dtype of weight, {weight.dtype}", bias.dtype, TypeError)
+
+
+def _check_eps(op: str, eps: object) -> None:
+    if not isinstance(eps, (int, float)):
+        _fail(op, "eps", "be a number", type(eps).__name__, TypeError)
+    if not 0 <= eps < math.inf:
+        _fail(op, "eps", "be finite and not negative", eps)
+
+
+def _check_rows(op: str, x: object, normalized_shape: object, weight: object, bias: object, eps: object) -> tuple[int, ...]:
+    """Raises unless the call has a meaning; the normalised shape as a tuple."""
+    _check_tensor(op, "x", x)
+    if isinstance(normalized_shape, int):
+        normalized_shape = (normalized_shape,)
+    if not isinstance(normalized_shape, (tuple, list)) or not all(isinstance(n, (int, torch.SymInt)) for n in normalized_shape):
+        _fail(op, "normalized_shape", "be an int or a sequence of ints", repr(normalized_shape), TypeError)
+    shape = tuple(normalized_shape)
+    if not shape or any(n < 1 for n in shape):
+        _fail(op, "normalized_shape", "have at least one dimension and no empty one", shape)
+    if tuple(x.shape[-len(shape) :]) != shape:
+        _fail(op, "x", f"end in the dimensions of normalized_shape {shape}", f"shape {tuple(x.shape)}")
+    _check_eps(op, eps)
+    _check_parameters(op, x, shape, weight, bias)
+    return shape
+
+
+def _autocast_to_float(x: Tensor, keep_dtype: bool) -> bool:
+    """torch's rule: off the CPU, autocast computes and returns normalisations in float32."""
+    return not (x.is_cpu or keep_dtype) and torch.is_autocast_enabled(x.device.type)
+
+
+def _float(t: Tensor | None) -> Tensor | None:
+    return t if t is None or t.dtype == torch.float64 else t.float()
+
+
+def _run(op: str, x, residual, weight, bias, seed, c: Config):  # noqa: ANN001, ANN202
+    """A valid call by the way that the surroundings allow: (y,) or (y, sum)."""
+    if c.backend == "torch" and residual is None and not (c.weight_offset or c.channels_first):
+        shape = x.shape[x.dim() - c.dims :]
+        if c.rms:
+            return (F.rms_norm(x, shape, weight, c.eps),)
+        return (F.layer_norm(x, shape, weight, bias, c.eps),)
+    if c.backend in ("eager", "torch") or needs_definition():
+        y, h, _, _ = definition(x, residual, weight, bias, seed, c)
+        return (y,) if residual is None else (y, h)
+    if functorch_active():
+        y, total, _, _ = FunctorchFunction.apply(x, residual, weight, bias, seed, *c)
+        return (y,) if residual is None else (y, total)
+    tensors = (x, residual, weight, bias)
+    if is_plain(*tensors) and not (_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)):
+        y, total, _, _ = forward_leaf(x, residual, weight, bias, seed, c, statistics=False)
+        return (y,) if residual is None else (y, total)
+    outputs = PlainFunction.apply(x, residual, weight, bias, seed, *c)
+    if residual is not None:
+        return outputs
+    return (outputs[0] if c.from_output else outputs,)
+
+
+
+def _normalise(op: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, keep_dtype: bool, c: Config) -> Tensor:
+    if not (x.is_cpu or keep_dtype) and torch.is_autocast_enabled(x.device.type):
+        # torch's rule: off the CPU, autocast computes and returns normalisations in float32.
+        x, weight, bias = (t if t is None or t.dtype == torch.float64 else t.float() for t in (x, weight, bias))
+    return _run(op, x, None, weight, bias, None, c)[0]
+
+
+def layer_norm(
+    x: Tensor,
+    normalized_shape: int | Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    zero_centred: bool = False,
+    memory_efficient: bool = False,
+    keep_dtype: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    """Layer normalisation over the trailing dimensions (Ba, Kiros, Hinton 2016).
+
+        y = (x - mean) / sqrt(var + eps) * weight + bias        mean and (biased) var over normalized_shape
+
+    Args:
+        x: (..., *normalized_shape), float64, float32, bfloat16 or float16; any strides, empty leading sizes included.
+        normalized_shape: the trailing sizes that are normalised together; each at least 1.
+        weight, bias: normalized_shape, dtype of x, or both float32 beside 16-bit x. Either may be None.
+        eps: added to the variance; not negative.
+        zero_centred: multiply by ``1 + weight``, so that weight decay pulls the scale towards 1.
+        memory_efficient: save y instead of x for backward (in a chain whose y is saved anyway, x is then freed). x is
+            recovered from ``(y - bias) / weight``: a weight close to 0 loses digits, one of exactly 0 gives NaN.
+        keep_dtype: under autocast, compute in the dtype of x instead of torch's promotion to float32.
+        backend: "eager", "cpu", "cuda" or "triton"; None chooses (see :func:`pyops.explain`).
+
+    Returns:
+        y: shape and dtype of x; contiguous.
+
+    Raises:
+        ValueError, TypeError: ``layer_norm: <argument> must <rule>, got <value>``, before any work is done.
+
+    Differs from torch.nn.functional.layer_norm: float32 parameters beside 16-bit x work on every device; the keyword
+    options; statistics are centred, in float32 (float64 for float64).
+    """
+    shape = _check_rows("layer_norm", x, normalized_shape, weight, bias, eps)
+    name = choose("layer_norm", x, backend)
+    c = Config(len(shape), False, eps, 1.0 if zero_centred else 0.0, 0.0, False, memory_efficient, name)
+    return _normalise("layer_norm", x, weight, bias, keep_dtype, c)
+
+
+def rms_norm(
+    x: Tensor,
+    normalized_shape: int | Sequence[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
+    *,
+    zero_centred: bool = False,
+    memory_efficient: bool = False,
+    keep_dtype: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    """Root-mean-square normalisation over the trailing dimensions (Zhang, Sennrich 2019).
+
+        y = x / sqrt(mean(x^2) + eps) * weight        mean over normalized_shape
+
+    Args:
+        x, normalized_shape, weight, zero_centred, memory_efficient, keep_dtype, backend: as in :func:`layer_norm`.
+        eps: None means ``torch.finfo(x.dtype).eps``, as in torch.
+
+    Returns:
+        y: shape and dtype of x; contiguous.
+
+    Raises:
+        ValueError, TypeError: ``rms_norm: <argument> must <rule>, got <value>``, before any work is done.
+
+    Differs from torch.nn.functional.rms_norm: y has the dtype of x also beside float32 parameters; the keyword options.
+    """
+    shape = _check_rows("rms_norm", x, normalized_shape, weight, None, 0.0 if eps is None else eps)
+    if eps is None:
+        eps = torch.finfo(x.dtype).eps
+    name = choose("rms_norm", x, backend)
+    c = Config(len(shape), False, eps, 1.0 if zero_centred else 0.0, 0.0, True, memory_efficient, name)
+    return _normalise("rms_norm", x, weight, None, keep_dtype, c)
+
+
+def add_layer_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    p: float = 0.0,
+    training: bool = True,
+    eps: float = 1e-5,
+    zero_centred: bool = False,
+    keep_dtype: bool = False,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Dropout, residual addition and layer normalisation of the last dimension in one pass, backward fused too.
+
+        sum = dropout(x, p) + residual        y = layer_norm(sum, sum.shape[-1:], weight, bias, eps)
+
+    Args:
+        x, residual: (..., C), same shape, dtype and device.
+        weight, bias, eps, zero_centred, keep_dtype, backend: as in :func:`layer_norm`, over C.
+        p: probability of dropping an element of x, in [0, 1]; kept ones are scaled by 1 / (1 - p).
+        training: False leaves dropout out.
+
+    Returns:
+        (y, sum): both of the shape and dtype of x; sum is the next residual. Gradients flow through both.
+
+    Raises:
+        ValueError, TypeError: ``add_layer_norm: <argument> must <rule>, got <value>``, before any work is done.
+
+    Differs from torch: there is no such function. Dropout draws one seed from torch's generator (``torch.manual_seed``
+    repeats it) and uses Philox counters, so it drops other elements than ``F.dropout`` with the same seed, but the same
+    ones on every backend; backward regenerates the mask instead of saving it.
+    """
+    op = "add_layer_norm"
+    _check_tensor(op, "x", x)
+    if x.dim() == 0:
+        _fail(op, "x", "have at least one dimension", "a scalar")
+    _check_rows(op, x, x.shape[-1:], weight, bias, eps)
+    _check_tensor(op, "residual", residual, x)
+    if residual.shape != x.shape:
+        _fail(op, "residual", f"have the shape of x, {tuple(x.shape)}", tuple(residual.shape))
+    if residual.dtype != x.dtype:
+        _fail(op, "residual", f"have the dtype of x, {x.dtype}", residual.dtype, TypeError)
+    if not isinstance(p, (int, float)):
+        _fail(op, "p", "be a number", type(p).__name__, TypeError)
+    if not 0.0 <= p <= 1.0:
+        _fail(op, "p", "lie in [0, 1]", p)
+    name = choose(op, x, backend)
+    if not (x.is_cpu or keep_dtype) and torch.is_autocast_enabled(x.device.type):
+        x, residual, weight, bias = (
+            t if t is None or t.dtype == torch.float64 else t.float() for t in (x, residual, weight, bias)
+        )
+    p = float(p) if training else 0.0
+    seed = draw_seed(x.device) if p > 0.0 else None
+    c = Config(1, False, eps, 1.0 if zero_centred else 0.0, p, False, False, name)
+    return _run(op, x, residual, weight, bias, seed, c)
+
+
+def layer_norm2d(
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    zero_centred: bool = False,
+    memory_efficient: bool = False,
+    keep_dtype: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    """Layer normalisation over the channels of every pixel of an image, in the layout that the image has.
+
+        y = (x - mean) / sqrt(var + eps) * weight + bias        mean and (biased) var over C
+
+    Args:
+        x: (N, C, H, W) or (C, H, W), contiguous or channels_last (other strides are copied).
+        weight, bias: (C,); dtypes as in :func:`layer_norm`.
+        eps, zero_centred, memory_efficient, keep_dtype, backend: as in :func:`layer_norm`.
+
+    Returns:
+        y: shape and dtype of x; channels_last when x is, else contiguous.
+
+    Raises:
+        ValueError, TypeError: ``layer_norm2d: <argument> must <rule>, got <value>``, before any work is done.
+
+    Differs from torch: torch has no such operator; ``F.layer_norm(x.permute(0, 2, 3, 1), ...).permute(0, 3, 1, 2)``
+    computes the same with two changes of layout.
+    """
+    op = "layer_norm2d"
+    _check_tensor(op, "x", x)
+    if x.dim() not in (3, 4):
+        _fail(op, "x", "have shape (N, C, H, W) or (C, H, W)", tuple(x.shape))
+    if x.shape[-3] < 1:
+        _fail(op, "x", "have at least one channel", tuple(x.shape))
+    _check_eps(op, eps)
+    _check_parameters(op, x, (x.shape[-3],), weight, bias)
+    name = choose(op, x, backend)
+    c = Config(1, True, eps, 1.0 if zero_centred else 0.0, 0.0, False, memory_efficient, name)
+    return _normalise(op, x, weight, bias, keep_dtype, c)
+
+
+# ---- modules ----
+
+
+class LayerNorm(nn.LayerNorm):
+    """torch.nn.LayerNorm on :func:`pyops.layer_norm`; same arguments, parameters and state_dict.
+
+    Differs from torch.nn.LayerNorm: the keyword options of :func:`pyops.layer_norm`.
+    """
+
+    # Class attributes, so that an nn.LayerNorm whose class is exchanged has them too.
+    zero_centred = False
+    memory_efficient = False
+    keep_dtype = False
+    backend: str | None = None
+
+    def __init__(
+        self,
+        normalized_shape: int | Sequence[int],
+        eps: float = 1e-5,
+        elementwise_affine: bool = True,
+        bias: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        zero_centred: bool = False,
+        memory_efficient: bool = False,
+        keep_dtype: bool = False,
+        backend: str | None = None,
+    ) -> None:
+        _set_options(self, zero_centred, memory_efficient, keep_dtype, backend)
+        super().__init__(normalized_shape, eps, elementwise_affine, bias, device=device, dtype=dtype)
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        _zero_centre(self)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return layer_norm(
+            input, self.normalized_shape, self.weight, self.bias, self.eps, zero_centred=self.zero_centred,
+            memory_efficient=self.memory_efficient, keep_dtype=self.keep_dtype, backend=self.backend,
+        )  # fmt: skip
+
+
+class RMSNorm(nn.RMSNorm):
+    """torch.nn.RMSNorm on :func:`pyops.rms_norm`; same arguments, parameters and state_dict.
+
+    Differs from torch.nn.RMSNorm: the keyword options of :func:`pyops.rms_norm`.
+    """
+
+    zero_centred = False
+    memory_efficient = False
+    keep_dtype = False
+    backend: str | None = None
+
+    def __init__(
+        self,
+        normalized_shape: int | Sequence[int],
+        eps: float | None = None,
+        elementwise_affine: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        zero_centred: bool = False,
+        memory_efficient: bool = False,
+        keep_dtype: bool = False,
+        backend: str | None = None,
+    ) -> None:
+        _set_options(self, zero_centred, memory_efficient, keep_dtype, backend)
+        super().__init__(normalized_shape, eps, elementwise_affine, device=device, dtype=dtype)
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        _zero_centre(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(
+            x, self.normalized_shape, self.weight, self.eps, zero_centred=self.zero_centred,
+            memory_efficient=self.memory_efficient, keep_dtype=self.keep_dtype, backend=self.backend,
+        )  # fmt: skip
+
+
+class LayerNorm2d(LayerNorm):
+    """Layer normalisation over the channels of (N, C, H, W) images, as in ConvNeXt; see :func:`pyops.layer_norm2d`.
+
+    Args:
+        num_channels: C. The other arguments are those of :class:`LayerNorm`.
+    """
+
+    def __init__(self, num_channels: int, eps: float = 1e-5, elementwise_affine: bool = True, bias: bool = True,
+                 device: Any = None, dtype: Any = None, **options: Any) -> None:  # fmt: skip
+        if not isinstance(num_channels, int):
+            _fail("LayerNorm2d", "num_channels", "be an int", type(num_channels).__name__, TypeError)
+        super().__init__(num_channels, eps, elementwise_affine, bias, device, dtype, **options)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return layer_norm2d(
+            input, self.weight, self.bias, self.eps, zero_centred=self.zero_centred,
+            memory_efficient=self.memory_efficient, keep_dtype=self.keep_dtype, backend=self.backend,
+        )  # fmt: skip
+
+
+def _set_options(module: Any, zero_centred: bool, memory_efficient: bool, keep_dtype: bool, backend: str | None) -> None:
+    # Before nn.Module.__init__, which calls reset_parameters; plain values pass its __setattr__ untouched.
+    for name, value in (("zero_centred", zero_centred), ("memory_efficient", memory_efficient),
+                        ("keep_dtype", keep_dtype), ("backend", backend)):  # fmt: skip
+        if value:
+            object.__setattr__(module, name, value)
+
+
+def _zero_centre(module: Any) -> None:
+    if module.zero_centred and module.weight is not None:
+        nn.init.zeros_(module.weight)
