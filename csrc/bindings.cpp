@@ -1,6 +1,8 @@
 // Table of contents of the extension. The module is pyops._C, or the SIMT executor's test module.
 #include "bindings.h"
 
+#include "plain.h"
+
 #ifndef PYOPS_SIMT
 #include "cpu_isa.h"
 #endif
@@ -11,6 +13,20 @@
 
 PYBIND11_MODULE(PYOPS_MODULE_NAME, m) {
   m.doc() = "Compiled kernels of pyops.";
+  m.def("set_torch_objects", [](const pybind11::object& torch) {
+    const pybind11::object tensor = torch.attr("Tensor");
+    const auto keep = [](const pybind11::object& object) { return object.inc_ref().ptr(); };
+    pyops::torch_objects = {
+        .tensor = keep(tensor),
+        .parameter = keep(torch.attr("nn").attr("Parameter")),
+        .is_neg = keep(tensor.attr("is_neg")),
+        .is_zerotensor = keep(tensor.attr("_is_zerotensor")),
+        .empty_like = keep(torch.attr("empty_like")),
+        .empty = keep(torch.attr("empty")),
+        .float32 = keep(torch.attr("float32")),
+        .float64 = keep(torch.attr("float64")),
+    };
+  });
   pyops::bind_layer_norm(m);
 #ifndef PYOPS_SIMT
   m.attr("cpu_isa") = pyops::cpu_isa_name(pyops::cpu_isa());

@@ -1,6 +1,7 @@
 // Binds the LayerNorm kernels. The arguments are those of every backend (see pyops/layer_norm.py); the shapes are in
 // kernels/params/layer_norm.h.
 #include "bindings.h"
+#include "plain.h"
 #include "tensor_view.h"
 
 #ifdef PYOPS_SIMT
@@ -148,9 +149,10 @@ void layer_norm_fwd(const TensorView& x, const TensorView& residual, const Tenso
   });
 }
 
-int64_t layer_norm_bwd_workspace(const TensorView& x, int64_t C, int64_t P, [[maybe_unused]] int num_threads) {
+// Elements of `workspace`; 0 on the CPU, whose kernels keep their partial sums to themselves.
+int64_t layer_norm_bwd_workspace(const TensorView& x, int64_t C, int64_t P) {
   check_device(x, kBwd);
-  const int64_t R = row_count(x, C, P, kBwd);
+  [[maybe_unused]] const int64_t R = row_count(x, C, P, kBwd);
 #ifdef PYOPS_SIMT
   return layer_norm_bwd_workspace_cuda(R, C, P);
 #else
@@ -160,7 +162,6 @@ int64_t layer_norm_bwd_workspace(const TensorView& x, int64_t C, int64_t P, [[ma
     return layer_norm_bwd_workspace_cuda(R, C, P);
   }
 #endif
-  PYOPS_CPU_DISPATCH(layer_norm_bwd_workspace_cpu, R, C, P, num_threads);
   return 0;
 #endif
 }
@@ -175,7 +176,8 @@ void layer_norm_bwd(const TensorView& dy, const TensorView& dsum, const TensorVi
   require(dy && rstd && bool(seed) == (p > 0), kBwd, "an input or the seed is missing");
   require(rms || from_output || mean, kBwd, "mean is missing");
   require(P == 1 || R == 0 || (!dsum && !seed), kBwd, "channels-first input takes neither dsum nor dropout");
-  require(!(dweight || dbias) || workspace, kBwd, "workspace is missing");
+  const int64_t workspace_size = dweight || dbias ? layer_norm_bwd_workspace(saved, C, P) : 0;
+  require(workspace_size == 0 || workspace, kBwd, "workspace is missing");
   dispatch_dtypes(kBwd, saved, weight ? weight : (bias ? bias : dbias), [&](auto t, auto w) {
     using T = typename decltype(t)::type;
     using W = typename decltype(w)::type;
@@ -213,16 +215,111 @@ void layer_norm_bwd(const TensorView& dy, const TensorView& dsum, const TensorVi
     };
     if (workspace) {
       require(has_dtype<A>(workspace) && workspace.is_contiguous() &&
-                  workspace.numel() >= layer_norm_bwd_workspace(saved, C, P, num_threads),
+                  workspace.numel() >= workspace_size,
               kBwd, "workspace must be dense and have layer_norm_bwd_workspace() elements");
     }
     run_bwd(params, saved);
   });
 }
 
+// Whether the call is the plain and valid one that most calls are: dense CPU tensors, x ending in `shape`, parameters
+// of that shape and of its dtype (or float32 beside 16 bits). A "no" says nothing: Python then asks in full.
+bool is_common(const TensorView& x, const py::tuple& shape, const TensorView& weight, const TensorView& bias) {
+  const int dims = static_cast<int>(shape.size());
+  const auto known = [](const TensorView& v) {
+    return has_dtype<float>(v) || has_dtype<double>(v) || has_dtype<bf16>(v) || has_dtype<f16>(v);
+  };
+  if (!x || !x.is_cpu() || !known(x) || dims == 0 || x.t.ndim < dims || !x.is_contiguous()) return false;
+  for (int i = 0; i < dims; ++i) {
+    PyObject* size = PyTuple_GET_ITEM(shape.ptr(), i);
+    if (!PyLong_Check(size)) return false;
+    const int64_t n = PyLong_AsLongLong(size);
+    if (n < 1 || x.size(x.t.ndim - dims + i) != n) return false;
+    if ((weight && (weight.t.ndim != dims || weight.size(i) != n)) || (bias && (bias.t.ndim != dims || bias.size(i) != n))) {
+      return false;
+    }
+  }
+  const auto same = [](const TensorView& a, const TensorView& b) {
+    return a.t.dtype.code == b.t.dtype.code && a.t.dtype.bits == b.t.dtype.bits;
+  };
+  const auto fits = [&](const TensorView& v) {
+    return v.is_cpu() && v.is_contiguous() && (same(v, x) || (has_dtype<float>(v) && x.t.dtype.bits == 16));
+  };
+  return (!weight || fits(weight)) && (!bias || fits(bias)) && (!weight || !bias || same(weight, bias));
+}
+
+// Row i of the statistics.
+TensorView stats_row(const TensorView& stats, int i) {
+  TensorView row = stats;
+  row.t.byte_offset += i * stats.stride(0) * stats.t.dtype.bits / 8;
+  row.t.shape += 1;
+  row.t.strides += 1;
+  row.t.ndim -= 1;
+  return row;
+}
+
+// (y, None, stats) for a common call, None for any other: allocation and forward in one step. stats holds the rows mean
+// and rstd (rstd alone for RMSNorm and with from_output); it is None when no argument wants a gradient.
+py::object layer_norm_forward(py::handle x, const py::tuple& shape, py::handle weight, py::handle bias, double eps,
+                              double weight_offset, bool rms, bool from_output, bool grad_enabled, int num_threads) {
+  TensorView xv, wv, bv;
+  if (!(view_plain(x.ptr(), xv) && view_plain(weight.ptr(), wv) && view_plain(bias.ptr(), bv) &&
+        is_common(xv, shape, wv, bv) && eps >= 0 && std::isfinite(eps))) {
+    return py::none();
+  }
+  int64_t C = 1;
+  for (int i = 1; i <= static_cast<int>(shape.size()); ++i) C *= xv.size(xv.t.ndim - i);
+  const bool statistics = grad_enabled && (requires_grad(x) || requires_grad(weight) || requires_grad(bias));
+  py::object y = empty_like(x), stats = py::none();
+  TensorView mean, rstd;
+  if (statistics) {
+    const bool alone = rms || from_output;
+    stats = empty_statistics(alone ? 1 : 2, xv, xv.t.ndim - static_cast<int>(shape.size()));
+    const TensorView stats_view = view(stats);
+    rstd = stats_row(stats_view, alone ? 0 : 1);
+    if (!alone) mean = stats_row(stats_view, 0);
+  }
+  const TensorView none;
+  layer_norm_fwd(xv, none, wv, bv, none, view(y), none, mean, rstd, C, 1, eps, weight_offset, 0.0, rms, num_threads);
+  return py::make_tuple(std::move(y), py::none(), std::move(stats));
+}
+
+// Backward of such a call: everything that LayerNormFunction.backward returns, or None for tensors that are not plain
+// and dense. The tuples are those of pyops/layer_norm.py: (dy, ...), (x or y, weight, bias, stats, seed), Config, and
+// needs_input_grad of (done, direct, config, x, residual, weight, bias, seed).
+py::object layer_norm_backward(const py::tuple& grads, const py::tuple& saved, const py::tuple& config,
+                               const py::tuple& needs, int num_threads) {
+  TensorView dy, h, weight, bias, stats;
+  for (size_t i = 1; i < grads.size(); ++i) {
+    if (!grads[i].is_none()) return py::none();
+  }
+  if (!(view_plain(grads[0].ptr(), dy) && view_plain(saved[0].ptr(), h) && view_plain(saved[1].ptr(), weight) &&
+        view_plain(saved[2].ptr(), bias) && view_plain(saved[3].ptr(), stats))) {
+    return py::none();
+  }
+  if (!dy || !dy.is_cpu() || !dy.is_contiguous() || !h.is_contiguous() || !stats.is_contiguous()) return py::none();
+  const bool need_x = needs[3].cast<bool>(), need_weight = needs[5].cast<bool>(), need_bias = needs[6].cast<bool>();
+  int64_t C = 1;
+  for (int i = 1; i <= config[0].cast<int>(); ++i) C *= h.size(h.t.ndim - i);
+  const py::handle param = weight ? saved[1] : saved[2];
+  py::object dx = need_x ? empty_like(saved[0]) : py::none();
+  py::object dweight = need_weight ? empty_like(param) : py::none();
+  py::object dbias = need_bias ? empty_like(param) : py::none();
+  const TensorView none;
+  const bool alone = stats.size(0) == 1;
+  layer_norm_bwd(dy, none, h, weight, bias, alone ? none : stats_row(stats, 0), stats_row(stats, alone ? 0 : 1), none,
+                 view(dx), none, view(dweight), view(dbias), none, C, 1, config[3].cast<double>(), 0.0,
+                 config[5].cast<bool>(), config[6].cast<bool>(), num_threads);
+  const py::none nothing;
+  return py::make_tuple(nothing, nothing, nothing, std::move(dx), nothing, std::move(dweight), std::move(dbias),
+                        nothing);
+}
+
 }  // namespace
 
 void bind_layer_norm(py::module_& m) {
+  m.def("layer_norm_forward", &layer_norm_forward);
+  m.def("layer_norm_backward", &layer_norm_backward);
   m.def("layer_norm_fwd", &layer_norm_fwd);
   m.def("layer_norm_bwd", &layer_norm_bwd);
   m.def("layer_norm_bwd_workspace", &layer_norm_bwd_workspace);

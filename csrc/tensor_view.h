@@ -29,7 +29,8 @@ struct TensorView {
     for (int i = 0; i < t.ndim; ++i) n *= t.shape[i];
     return n;
   }
-  bool is_contiguous() const {
+  bool is_contiguous() const {  // as torch says it: an empty tensor always is
+    if (numel() == 0) return true;
     int64_t expected = 1;
     for (int i = t.ndim - 1; i >= 0; --i) {
       if (t.shape[i] != 1 && t.strides[i] != expected) return false;

@@ -21,10 +21,12 @@ Tensors = Sequence[torch.Tensor | None]
 
 
 class Rule:
-    """What an operation is. Arguments are ``n_tensors`` tensors (or None), then plain values in ``config``."""
+    """What an operation is: tensors (or None) in, plain values in ``config``, a tuple that the operator's schema ends in.
+
+    ``direct`` chooses between the backend itself and the registered operator.
+    """
 
     name: str
-    n_tensors: int
     n_saved: int
     n_grads: int
 
@@ -45,8 +47,13 @@ class Rule:
 
     @staticmethod
     def backward(direct: bool, grads: Tensors, saved: Tensors, config: tuple, needs: Sequence[bool]) -> tuple:
-        """Runs the backward leaf; ``n_tensors`` gradients (or None) from ``n_grads`` incoming ones."""
+        """Runs the backward leaf; a gradient (or None) for each tensor, from ``n_grads`` incoming ones."""
         raise NotImplementedError
+
+    @staticmethod
+    def backward_common(grads: Tensors, saved: Tensors, config: tuple, needs: Sequence[bool]) -> tuple | None:
+        """Everything that ``plain`` returns from backward, for the call that most calls are; None for any other."""
+        return None
 
     @staticmethod
     def formula(grads: Tensors, saved: Tensors, config: tuple, needs: Sequence[bool]) -> tuple:
@@ -55,8 +62,13 @@ class Rule:
 
 
 def make(rule: type[Rule]) -> tuple[type, type]:
-    """The (plain, functorch) Functions of a rule. Call ``apply(*tensors, *config)``."""
-    n, n_saved, n_grads = rule.n_tensors, rule.n_saved, rule.n_grads
+    """The (plain, functorch) Functions of a rule.
+
+    ``plain.apply(done, direct, config, *tensors)``, where ``done`` is None, or the outputs and the saved tensors of a
+    forward that has run already; its backward then tries ``backward_common`` first.
+    ``functorch.apply(config, *tensors)``.
+    """
+    n_saved, n_grads = rule.n_saved, rule.n_grads
 
     class Backward(torch.autograd.Function):
         generate_vmap_rule = True
@@ -93,39 +105,48 @@ def make(rule: type[Rule]) -> tuple[type, type]:
 
     def differentiate(ctx: Any, grads: tuple, needs: Sequence[bool]) -> tuple:
         saved = ctx.saved_tensors
-        direct = backend.is_plain(*grads, *saved)
         if torch.is_grad_enabled() and not torch.compiler.is_dynamo_compiling():
             return Backward.apply(*grads, *saved, ctx.config, tuple(needs))
+        # Asked again: batched gradients and compiled autograd bring other tensors than forward saw. What was saved was
+        # plain then, and its type tells whether a hook has put something else in its place.
+        direct = ctx.direct and backend.is_plain(*grads) and type(saved[0]) in backend.PLAIN_TYPES
         return rule.backward(direct, grads, saved, ctx.config, needs)
 
     class Plain(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, *args: Any) -> Any:
-            tensors, config = args[:n], args[n:]
-            results = rule.forward(backend.is_plain(*tensors), tensors, config)
-            ctx.save_for_backward(*rule.saved(tensors, results, config))
-            ctx.config = config
+        def forward(ctx: Any, done: tuple | None, direct: bool, config: tuple, *tensors: Any) -> Any:
+            if done is None:
+                results = rule.forward(direct, tensors, config)
+                done = rule.outputs(results, config), rule.saved(tensors, results, config)
+                ctx.common = False
+            else:
+                ctx.common = True
+            outputs, saved = done
+            ctx.save_for_backward(*saved)
+            ctx.direct, ctx.config = direct, config
             ctx.set_materialize_grads(False)
-            outputs = rule.outputs(results, config)
             return outputs[0] if len(outputs) == 1 else outputs
 
         @staticmethod
         def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple:
+            if ctx.common and not torch.is_grad_enabled():
+                found = rule.backward_common(grads, ctx.saved_tensors, ctx.config, ctx.needs_input_grad)
+                if found is not None:
+                    return found
             grads = grads + (None,) * (n_grads - len(grads))
-            found = differentiate(ctx, grads, ctx.needs_input_grad[:n])
-            return found + (None,) * len(ctx.config)
+            return (None, None, None, *differentiate(ctx, grads, ctx.needs_input_grad[3:]))
 
     class Functorch(torch.autograd.Function):
         generate_vmap_rule = True
 
         @staticmethod
-        def forward(*args: Any) -> tuple:
-            return rule.forward(False, args[:n], args[n:])
+        def forward(config: tuple, *tensors: Any) -> tuple:
+            return rule.forward(False, tensors, config)
 
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-            ctx.config = inputs[n:]
-            ctx.save_for_backward(*rule.saved(inputs[:n], output, ctx.config))
+            ctx.direct, ctx.config = False, inputs[0]
+            ctx.save_for_backward(*rule.saved(inputs[1:], output, ctx.config))
             carries = rule.outputs(output, ctx.config)
             ctx.mark_non_differentiable(*(o for o in output if o is not None and not any(o is c for c in carries)))
             ctx.slots = [i for i, o in enumerate(output) if any(o is c for c in carries)]
@@ -135,8 +156,7 @@ def make(rule: type[Rule]) -> tuple[type, type]:
         def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple:
             carried = tuple(grads[i] for i in ctx.slots)
             carried += (None,) * (n_grads - len(carried))
-            found = differentiate(ctx, carried, ctx.needs_input_grad[:n])
-            return found + (None,) * len(ctx.config)
+            return (None, *differentiate(ctx, carried, ctx.needs_input_grad[1:]))
 
     for cls, kind in ((Plain, ""), (Functorch, "Functorch"), (Backward, "Backward")):
         cls.__name__ = cls.__qualname__ = f"{rule.name}{kind}Function"

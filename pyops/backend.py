@@ -12,6 +12,7 @@ functorch, dispatch modes, tensor subclasses, negative or zero tensors) the same
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import importlib.util
 import logging
@@ -26,15 +27,15 @@ from torch.autograd import forward_ad
 logger = logging.getLogger("pyops")
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter)
+PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter)
 
 
 @dataclass
 class Backend:
-    """One implementation: how to load it, and why it would not serve a tensor (None when it would)."""
+    """One implementation: how to load an operation's leaves, and why it would not serve a tensor (None when it would)."""
 
     name: str
-    load: Callable[[], ModuleType | None]
+    load: Callable[[str], ModuleType | None]  # by stem
     unusable: Callable[[torch.Tensor], str | None]
 
 
@@ -74,20 +75,18 @@ def _triton_unusable(x: torch.Tensor) -> str | None:
     return None
 
 
-def _load_triton() -> ModuleType:
-    return importlib.import_module("pyops._triton")
-
-
 BACKENDS = {
-    "eager": Backend("eager", lambda: None, lambda _: None),
-    "cpu": Backend("cpu", lambda: _C, _cpu_unusable),
-    "cuda": Backend("cuda", lambda: _C, _cuda_unusable),
-    "triton": Backend("triton", _load_triton, _triton_unusable),
+    "eager": Backend("eager", lambda _: None, lambda _: None),
+    "cpu": Backend("cpu", lambda _: _C, _cpu_unusable),
+    "cuda": Backend("cuda", lambda _: _C, _cuda_unusable),
+    "triton": Backend("triton", lambda stem: importlib.import_module(f"pyops._triton.{stem}"), _triton_unusable),
 }
 # Which backends are considered for a device when none is named, best first.
 PREFERRED = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
 _CPU_IS_FIRST = _C is not None
 
+if _C is not None:
+    _C.set_torch_objects(torch)
 # The public functions, for explain().
 OPERATIONS = ("layer_norm", "rms_norm", "add_layer_norm", "layer_norm2d")
 
@@ -205,11 +204,17 @@ def explain(op: str, *args: object, backend: str | None = None, **kwargs: object
     return Explanation(op, chosen, reasons)
 
 
-def leaf(name: str) -> ModuleType:
-    """The loaded module of a backend."""
-    module = BACKENDS[name].load()
+@functools.cache
+def leaf(name: str, stem: str) -> ModuleType:
+    """The module that holds a backend's ``<stem>_fwd`` and ``<stem>_bwd``."""
+    module = BACKENDS[name].load(stem)
     assert module is not None, f"backend {name} has no kernels"
     return module
+
+
+def cpu_kernels(name: str | None) -> ModuleType | None:
+    """pyops._C when ``name`` (None: the choice in force) leaves CPU tensors to it."""
+    return _C if (name or _forced or "cpu") == "cpu" else None
 
 
 # ---- which way a call takes ----
@@ -225,12 +230,17 @@ _functorch_active = _private("_are_functorch_transforms_active", lambda: True)
 _is_compiling = torch.compiler.is_dynamo_compiling
 
 
+def is_quiet() -> bool:
+    """Nothing is watching: no compiler, dispatch mode, functorch transform or forward AD."""
+    return not (_is_compiling() or _dispatch_modes() or _functorch_active() or forward_ad._current_level >= 0)
+
+
 def is_plain(*tensors: torch.Tensor | None) -> bool:
     """Whether the compiled kernels may read these tensors' memory directly."""
-    if _is_compiling() or _dispatch_modes() or _functorch_active():
+    if not is_quiet():
         return False
     for t in tensors:
-        if t is not None and (type(t) not in _PLAIN_TYPES or t.is_neg() or t._is_zerotensor()):
+        if t is not None and (type(t) not in PLAIN_TYPES or t.is_neg() or t._is_zerotensor()):
             return False
     return True
 

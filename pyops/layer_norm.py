@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import autograd
-from .backend import FLOATING, choose, functorch_active, is_plain, leaf, needs_definition
+from .backend import FLOATING, choose, cpu_kernels, functorch_active, is_plain, is_quiet, leaf, needs_definition
 from .philox import draw_seed, drop_scale, keep_mask
 
 _get_num_threads = torch.get_num_threads
@@ -59,6 +59,7 @@ def definition(
     Arithmetic in float32 (float64 for float64); h is rounded to the dtype of x before the statistics.
     """
     acc = _acc(x.dtype)
+    layout = torch.channels_last if c.channels_first and _is_channels_last(x) else torch.contiguous_format
     if c.channels_first:
         x = x.movedim(-3, -1)
     h = x
@@ -72,15 +73,18 @@ def definition(
     wide = h.to(acc)
     mean = wide.mean(over, keepdim=True)
     centred = wide if c.rms else wide - mean
-    rstd = torch.rsqrt((centred * centred).mean(over, keepdim=True) + c.eps)
-    y = centred * rstd
+    # Divided by the deviation: the derivative of rsqrt forms its cube, which underflows for large x.
+    deviation = torch.sqrt((centred * centred).mean(over, keepdim=True) + c.eps)
+    y = centred / deviation
     if weight is not None:
         y = y * (_affine_shape(weight, y, c.dims).to(acc) + c.weight_offset)
     if bias is not None:
         y = y + _affine_shape(bias, y, c.dims).to(acc)
     y = y.to(x.dtype)
-    mean, rstd = (s.reshape(s.shape[: s.dim() - c.dims]) for s in (mean, rstd))
-    return (y.movedim(-1, -3), h.movedim(-1, -3), mean, rstd) if c.channels_first else (y, h, mean, rstd)
+    mean, rstd = (s.reshape(s.shape[: s.dim() - c.dims]) for s in (mean, 1 / deviation))
+    if c.channels_first:
+        y, h = y.movedim(-1, -3), h.movedim(-1, -3)
+    return y.contiguous(memory_format=layout), h, mean, rstd
 
 
 def gradients(
@@ -89,16 +93,15 @@ def gradients(
     saved: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    mean: Tensor | None,
-    rstd: Tensor | None,
+    stats: Tensor | None,
     seed: Tensor | None,
     c: Config,
     batch: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dx, dresidual, dweight, dbias) in differentiable torch operators.
 
-    ``saved`` is h, or y with ``from_output``. Without mean and rstd they are computed from h, so that gradients flow
-    through them. ``batch`` leading dimensions are not summed over in dweight and dbias.
+    ``saved`` is h, or y with ``from_output``. Without ``stats`` they are computed from h, so that gradients flow through
+    them. ``batch`` leading dimensions are not summed over in dweight and dbias.
     """
     acc = _acc(saved.dtype)
     if c.channels_first:
@@ -110,6 +113,7 @@ def gradients(
 
     wide, dwide = saved.to(acc), dy.to(acc)
     w = None if weight is None else _affine_shape(weight, wide, c.dims).to(acc) + c.weight_offset
+    mean, rstd = (None, None) if stats is None else _mean_rstd(stats)
     if c.from_output:
         xhat = wide if bias is None else wide - _affine_shape(bias, wide, c.dims).to(acc)
         xhat = xhat if w is None else xhat / w
@@ -173,6 +177,15 @@ def _to_rows(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
 
 
+def _mean_rstd(stats: Tensor) -> tuple[Tensor | None, Tensor]:
+    """The rows of ``stats``: mean and rstd, or rstd alone (RMSNorm, and where y was saved)."""
+    return (stats[0], stats[1]) if stats.shape[0] == 2 else (None, stats[0])
+
+
+def _stats_rows(c: Config) -> int:
+    return 1 if c.rms or c.from_output else 2
+
+
 _ROWS = {"dims": 1, "channels_first": False}
 
 
@@ -184,34 +197,33 @@ def forward_leaf(
     seed: Tensor | None,
     c: Config,
     statistics: bool = True,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """(y, sum, mean, rstd) on the kernels of ``c.backend``; what was not asked for is None."""
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(y, sum, stats) on the kernels of ``c.backend``; what was not asked for is None."""
     if c.channels_first and _is_channels_last(x):
-        y, total, mean, rstd = forward_leaf(_to_rows(x), None, weight, bias, None, c._replace(**_ROWS), statistics)
-        return y.permute(0, 3, 1, 2), total, mean, rstd
+        y, total, stats = forward_leaf(_to_rows(x), None, weight, bias, None, c._replace(**_ROWS), statistics)
+        return y.permute(0, 3, 1, 2), total, stats
     C, P, lead = _sizes(x, c)
     if c.channels_first:
         x, y = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
     else:
         y = torch.empty_like(x, memory_format=torch.contiguous_format)
         x = _as_rows(x, C)
-    total = mean = rstd = None
+    total = stats = mean = rstd = None
     if residual is not None:
         total = torch.empty_like(y)
         residual = _as_rows(residual, C)
     if statistics:
-        acc = _acc(x.dtype)
-        rstd = torch.empty(lead, dtype=acc, device=x.device)
-        mean = None if c.rms else torch.empty_like(rstd)
+        stats = torch.empty((_stats_rows(c), *lead), dtype=_acc(x.dtype), device=x.device)
+        mean, rstd = _mean_rstd(stats)
     if weight is not None:
         weight = weight.contiguous()
     if bias is not None:
         bias = bias.contiguous()
-    leaf(c.backend).layer_norm_fwd(
+    leaf(c.backend, "layer_norm").layer_norm_fwd(
         x, residual, weight, bias, seed, y, total, mean, rstd, C, P, c.eps, c.weight_offset, c.p, c.rms,
         _get_num_threads(),
     )  # fmt: skip
-    return y, total, mean, rstd
+    return y, total, stats
 
 
 def backward_leaf(
@@ -220,8 +232,7 @@ def backward_leaf(
     saved: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    mean: Tensor | None,
-    rstd: Tensor,
+    stats: Tensor,
     seed: Tensor | None,
     c: Config,
     needs: Sequence[bool],
@@ -229,7 +240,7 @@ def backward_leaf(
     """(dx, dresidual, dweight, dbias) on the kernels of ``c.backend``; None where ``needs`` says so."""
     if c.channels_first and _is_channels_last(saved):
         dx, _, dweight, dbias = backward_leaf(
-            _to_rows(dy), None, _to_rows(saved), weight, bias, mean, rstd, None, c._replace(**_ROWS), needs
+            _to_rows(dy), None, _to_rows(saved), weight, bias, stats, None, c._replace(**_ROWS), needs
         )
         return None if dx is None else dx.permute(0, 3, 1, 2), None, dweight, dbias
     C, P, _ = _sizes(saved, c)
@@ -240,8 +251,9 @@ def backward_leaf(
     dresidual = torch.empty_like(saved, memory_format=torch.contiguous_format) if need_residual and not shared else None
     param = weight if weight is not None else bias
     dweight = dbias = workspace = None
-    module = leaf(c.backend)
+    module = leaf(c.backend, "layer_norm")
     threads = _get_num_threads()
+    mean, rstd = _mean_rstd(stats)
     if not c.channels_first:
         dy, saved = _as_rows(dy, C), _as_rows(saved, C)
         dsum = None if dsum is None else _as_rows(dsum, C)
@@ -250,9 +262,8 @@ def backward_leaf(
     if need_weight or need_bias:
         dweight = torch.empty_like(param, memory_format=torch.contiguous_format) if need_weight else None
         dbias = torch.empty_like(param, memory_format=torch.contiguous_format) if need_bias else None
-        workspace = torch.empty(
-            module.layer_norm_bwd_workspace(saved, C, P, threads), dtype=_acc(saved.dtype), device=saved.device
-        )
+        size = module.layer_norm_bwd_workspace(saved, C, P)
+        workspace = torch.empty(size, dtype=_acc(saved.dtype), device=saved.device) if size else None
     module.layer_norm_bwd(
         dy, dsum, saved,
         None if weight is None else weight.contiguous(), None if bias is None else bias.contiguous(),
@@ -270,10 +281,10 @@ _CONFIG = (
 _library = torch.library.Library("pyops", "FRAGMENT")
 _library.define(
     "layer_norm_fwd(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor? seed, "
-    f"{_CONFIG}) -> (Tensor y, Tensor sum, Tensor mean, Tensor rstd)"
+    f"{_CONFIG}) -> (Tensor y, Tensor sum, Tensor stats)"
 )
 _library.define(
-    "layer_norm_bwd(Tensor dy, Tensor? dsum, Tensor saved, Tensor? weight, Tensor? bias, Tensor? mean, Tensor rstd, "
+    "layer_norm_bwd(Tensor dy, Tensor? dsum, Tensor saved, Tensor? weight, Tensor? bias, Tensor stats, "
     f"Tensor? seed, {_CONFIG}, bool[4] needs) -> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)"
 )
 
@@ -292,9 +303,9 @@ def _fwd_operator(x, residual, weight, bias, seed, *config):  # noqa: ANN001
     return tuple(_present(t, x) for t in results)
 
 
-def _bwd_operator(dy, dsum, saved, weight, bias, mean, rstd, seed, *config_needs):  # noqa: ANN001
+def _bwd_operator(dy, dsum, saved, weight, bias, stats, seed, *config_needs):  # noqa: ANN001
     *config, needs = config_needs
-    results = backward_leaf(dy, dsum, saved, weight, bias, mean, rstd, seed, Config(*config), needs)
+    results = backward_leaf(dy, dsum, saved, weight, bias, stats, seed, Config(*config), needs)
     dx, dresidual, dweight, dbias = (_present(t, saved) for t in results)
     return dx, dresidual.clone() if dresidual is dx else dresidual, dweight, dbias
 
@@ -313,13 +324,12 @@ def _empty_output(x: Tensor, c: Config) -> Tensor:
 def _fwd_fake(x, residual, weight, bias, seed, *config):  # noqa: ANN001, ARG001
     c = Config(*config)
     lead = x.shape[:-3] + x.shape[-2:] if c.channels_first else x.shape[: x.dim() - c.dims]
-    rstd = x.new_empty(lead, dtype=_acc(x.dtype))
     total = _absent(x) if residual is None else torch.empty_like(x, memory_format=torch.contiguous_format)
-    return _empty_output(x, c), total, _absent(x) if c.rms else torch.empty_like(rstd), rstd
+    return _empty_output(x, c), total, x.new_empty((_stats_rows(c), *lead), dtype=_acc(x.dtype))
 
 
 @torch.library.register_fake("pyops::layer_norm_bwd", lib=_library)
-def _bwd_fake(dy, dsum, saved, weight, bias, mean, rstd, seed, *config_needs):  # noqa: ANN001, ARG001
+def _bwd_fake(dy, dsum, saved, weight, bias, stats, seed, *config_needs):  # noqa: ANN001, ARG001
     *config, needs = config_needs
     c = Config(*config)
     param = weight if weight is not None else bias
@@ -356,29 +366,33 @@ def _fwd_vmap(info, in_dims, x, residual, weight, bias, seed, *config):  # noqa:
     x, residual = _batched_first(x, in_dims[0], size), _batched_first(residual, in_dims[1], size)
     if in_dims[2] is None and in_dims[3] is None:
         flat = x.flatten(0, -4) if c.channels_first else x
-        results = op(flat, residual, weight, bias, None, *config)
+        y, total, stats = op(flat, residual, weight, bias, None, *config)
         if c.channels_first:
-            results = tuple(r.unflatten(0, x.shape[:-3]) if r.numel() or not flat.numel() else r for r in results)
+            y, stats = y.unflatten(0, x.shape[:-3]), stats.unflatten(1, x.shape[:-3])
     else:
-        weight, bias = (None if t is None else _batched_first(t, d, size) for t, d in ((weight, in_dims[2]), (bias, in_dims[3])))
+        weight, bias = (
+            t if d is None else _batched_first(t, d, size) for t, d in ((weight, in_dims[2]), (bias, in_dims[3]))
+        )
         y, total, mean, rstd = definition(x, residual, weight, bias, None, c)
-        results = y, _absent(x) if residual is None else total, _absent(x) if c.rms else mean, rstd
-    out = [0, None if residual is None else 0, None if c.rms else 0, 0]
-    return tuple(results), tuple(out)
+        total = _absent(x) if residual is None else total
+        stats = torch.stack((mean, rstd)[2 - _stats_rows(c) :])
+    return (y, total, stats), (0, None if residual is None else 0, 1)
 
 
 @torch.library.register_vmap("pyops::layer_norm_bwd", lib=_library)
-def _bwd_vmap(info, in_dims, dy, dsum, saved, weight, bias, mean, rstd, seed, *config_needs):  # noqa: ANN001
+def _bwd_vmap(info, in_dims, dy, dsum, saved, weight, bias, stats, seed, *config_needs):  # noqa: ANN001
     if seed is not None:
         op = torch.ops.pyops.layer_norm_bwd.default
-        return _per_sample(op, info, in_dims, (dy, dsum, saved, weight, bias, mean, rstd, seed, *config_needs))
+        return _per_sample(op, info, in_dims, (dy, dsum, saved, weight, bias, stats, seed, *config_needs))
     *config, needs = config_needs
     size = info.batch_size
-    tensors = (dy, dsum, saved, weight, bias, mean, rstd)
+    dy, dsum, saved = (_batched_first(t, d, size) for t, d in zip((dy, dsum, saved), in_dims))
+    weight, bias = (
+        t if d is None else _batched_first(t, d, size) for t, d in ((weight, in_dims[3]), (bias, in_dims[4]))
+    )
+    stats = stats[:, None] if in_dims[5] is None else stats.movedim(in_dims[5], 1)
     # Per-sample parameter gradients are not what the kernels sum: the formula keeps the batch apart.
-    dy, dsum, saved, mean, rstd = (_batched_first(t, in_dims[i], size) for i, t in enumerate(tensors) if i not in (3, 4))
-    weight, bias = (t if in_dims[i] is None else _batched_first(t, in_dims[i], size) for i, t in ((3, weight), (4, bias)))
-    found = gradients(dy, dsum, saved, weight, bias, mean, rstd, None, Config(*config), batch=1)
+    found = gradients(dy, dsum, saved, weight, bias, stats, None, Config(*config), batch=1)
     results = tuple(g if need else _absent(saved) for g, need in zip(found, needs))
     return results, tuple(0 if need else None for need in needs)
 
@@ -387,48 +401,48 @@ def _bwd_vmap(info, in_dims, dy, dsum, saved, weight, bias, mean, rstd, seed, *c
 
 
 class LayerNormRule(autograd.Rule):
-    """Tensors: x, residual, weight, bias, seed. Saved: h or y, weight, bias, mean, rstd, seed."""
+    """Tensors: x, residual, weight, bias, seed. Saved: h or y, weight, bias, stats, seed."""
 
     name = "LayerNorm"
-    n_tensors = 5
-    n_saved = 6
-    n_grads = 2  # of y, and of the sum (with residual) or of rstd (with from_output)
+    n_saved = 5
+    n_grads = 2  # of y, and of the sum (with residual) or of the statistics (with from_output)
 
     @staticmethod
     def forward(direct, tensors, config):  # noqa: ANN001, ANN205
         x, residual, weight, bias, seed = tensors
         if direct:
-            return forward_leaf(x, residual, weight, bias, seed, Config(*config))
-        y, total, mean, rstd = torch.ops.pyops.layer_norm_fwd(x, residual, weight, bias, seed, *config)
-        return y, None if residual is None else total, None if config[5] else mean, rstd
+            return forward_leaf(x, residual, weight, bias, seed, config)
+        y, total, stats = torch.ops.pyops.layer_norm_fwd(x, residual, weight, bias, seed, *config)
+        return y, None if residual is None else total, stats
 
     @staticmethod
     def outputs(results, config):  # noqa: ANN001, ANN205
-        y, total, _, rstd = results
+        y, total, stats = results
         if total is not None:
             return y, total
         # Gradients of higher order reach x through rstd too, when y stands for x.
-        return (y, rstd) if Config(*config).from_output else (y,)
+        return (y, stats) if config.from_output else (y,)
 
     @staticmethod
     def saved(tensors, results, config):  # noqa: ANN001, ANN205
         x, _, weight, bias, seed = tensors
-        y, total, mean, rstd = results
-        if Config(*config).from_output:
-            return y, weight, bias, None, rstd, seed
-        return x if total is None else total, weight, bias if weight is None else None, mean, rstd, seed
+        y, total, stats = results
+        if config.from_output:
+            return y, weight, bias, stats, seed
+        return x if total is None else total, weight, bias if weight is None else None, stats, seed
 
     @staticmethod
     def _incoming(grads, saved, c):  # noqa: ANN001, ANN205
-        """dy (zeros when only the second output was used), dsum, drstd."""
+        """dy (zeros when only the second output was used), dsum, the gradient of the statistics."""
         dy, second = grads
         dy = torch.zeros_like(saved[0]) if dy is None else dy
         return (dy, None, second) if c.from_output else (dy, second, None)
 
     @staticmethod
-    def _through_rstd(drstd, saved, c):  # noqa: ANN001, ANN205
-        """What a gradient of rstd adds to dx: drstd / dx = -rstd^2 xhat / C."""
-        y, weight, bias, _, rstd, _ = saved
+    def _through_rstd(dstats, saved, c):  # noqa: ANN001, ANN205
+        """What a gradient of rstd adds to dx: d rstd / dx = -rstd^2 xhat / C."""
+        y, weight, bias, stats, _ = saved
+        drstd, rstd = dstats[0], stats[0]
         C, _, _ = _sizes(y, c)
         wide = y.movedim(-3, -1) if c.channels_first else y
         xhat = wide.to(rstd.dtype) if bias is None else wide - bias.to(rstd.dtype)
@@ -438,33 +452,40 @@ class LayerNormRule(autograd.Rule):
         return dx.movedim(-1, -3) if c.channels_first else dx
 
     @classmethod
-    def backward(cls, direct, grads, saved, config, needs):  # noqa: ANN001, ANN206
-        c = Config(*config)
-        dy, dsum, drstd = cls._incoming(grads, saved, c)
-        h, weight, bias, mean, rstd, seed = saved
+    def backward(cls, direct, grads, saved, c, needs):  # noqa: ANN001, ANN206
+        dy, dsum, dstats = cls._incoming(grads, saved, c)
+        h, weight, bias, stats, seed = saved
         wanted = needs[:4]
         if direct:
-            dx, dresidual, dweight, dbias = backward_leaf(dy, dsum, h, weight, bias, mean, rstd, seed, c, wanted)
+            dx, dresidual, dweight, dbias = backward_leaf(dy, dsum, h, weight, bias, stats, seed, c, wanted)
         else:
-            found = torch.ops.pyops.layer_norm_bwd(dy, dsum, h, weight, bias, mean, rstd, seed, *config, wanted)
+            found = torch.ops.pyops.layer_norm_bwd(dy, dsum, h, weight, bias, stats, seed, *c, wanted)
             dx, dresidual, dweight, dbias = (g if need else None for g, need in zip(found, wanted))
-        if drstd is not None and dx is not None:
-            dx = dx + cls._through_rstd(drstd, saved, c)
+        if dstats is not None and dx is not None:
+            dx = dx + cls._through_rstd(dstats, saved, c)
         return dx, dresidual, dweight, dbias, None
 
+    @staticmethod
+    def backward_common(grads, saved, config, needs):  # noqa: ANN001, ANN205
+        kernels = cpu_kernels("cpu")
+        if kernels is None or not is_quiet():
+            return None
+        return kernels.layer_norm_backward(grads, saved, config, needs, _get_num_threads())
+
     @classmethod
-    def formula(cls, grads, saved, config, needs):  # noqa: ANN001, ANN206
-        c = Config(*config)
-        dy, dsum, drstd = cls._incoming(grads, saved, c)
-        h, weight, bias, _, rstd, seed = saved
-        found = gradients(dy, dsum, h, weight, bias, None, rstd if c.from_output else None, seed, c)
+    def formula(cls, grads, saved, c, needs):  # noqa: ANN001, ANN206
+        dy, dsum, dstats = cls._incoming(grads, saved, c)
+        h, weight, bias, stats, seed = saved
+        found = gradients(dy, dsum, h, weight, bias, stats if c.from_output else None, seed, c)
         dx, dresidual, dweight, dbias = (g if need else None for g, need in zip(found, needs))
-        if drstd is not None and dx is not None:
-            dx = dx + cls._through_rstd(drstd, saved, c)
+        if dstats is not None and dx is not None:
+            dx = dx + cls._through_rstd(dstats, saved, c)
         return dx, dresidual, dweight, dbias, None
 
 
 PlainFunction, FunctorchFunction = autograd.make(LayerNormRule)
+# Function.apply without its look at torch.func, which is_quiet() has ruled out.
+_apply_plain = super(torch.autograd.Function, PlainFunction).apply
 
 
 # ---- public functions ----
@@ -540,17 +561,41 @@ def _run(op: str, x, residual, weight, bias, seed, c: Config):  # noqa: ANN001, 
         y, h, _, _ = definition(x, residual, weight, bias, seed, c)
         return (y,) if residual is None else (y, h)
     if functorch_active():
-        y, total, _, _ = FunctorchFunction.apply(x, residual, weight, bias, seed, *c)
+        y, total, _ = FunctorchFunction.apply(c, x, residual, weight, bias, seed)
         return (y,) if residual is None else (y, total)
     tensors = (x, residual, weight, bias)
-    if is_plain(*tensors) and not (_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)):
-        y, total, _, _ = forward_leaf(x, residual, weight, bias, seed, c, statistics=False)
+    direct = is_plain(*tensors)
+    if direct and not (_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)):
+        y, total, _ = forward_leaf(x, residual, weight, bias, seed, c, statistics=False)
         return (y,) if residual is None else (y, total)
-    outputs = PlainFunction.apply(x, residual, weight, bias, seed, *c)
+    outputs = PlainFunction.apply(None, direct, c, x, residual, weight, bias, seed)
     if residual is not None:
         return outputs
     return (outputs[0] if c.from_output else outputs,)
 
+
+
+def _common(x, shape, weight, bias, eps, zero_centred, memory_efficient, backend, rms) -> Tensor | None:  # noqa: ANN001
+    """The call that most calls are (plain, valid, dense, on the CPU), or None.
+
+    It does what the rest of the way would do. Asking in C++ and entering the Function without torch.func's preamble
+    takes a third of the time of a small call (bench/notes/layer_norm.md, host cost).
+    """
+    kernels = cpu_kernels(backend)
+    if kernels is None or type(shape) is not tuple or type(eps) is not float or not is_quiet():
+        return None
+    offset = 1.0 if zero_centred else 0.0
+    results = kernels.layer_norm_forward(
+        x, shape, weight, bias, eps, offset, rms, memory_efficient, _grad_enabled(), _get_num_threads()
+    )
+    if results is None or results[2] is None:
+        return results and results[0]
+    y, _, stats = results
+    c = Config(len(shape), False, eps, offset, 0.0, rms, memory_efficient, "cpu")
+    if memory_efficient:
+        return _apply_plain(((y, stats), (y, weight, bias, stats, None)), True, c, x, None, weight, bias, None)[0]
+    done = (y,), (x, weight, None if weight is not None else bias, stats, None)
+    return _apply_plain(done, True, c, x, None, weight, bias, None)
 
 
 def _normalise(op: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, keep_dtype: bool, c: Config) -> Tensor:
@@ -596,6 +641,9 @@ def layer_norm(
     Differs from torch.nn.functional.layer_norm: float32 parameters beside 16-bit x work on every device; the keyword
     options; statistics are centred, in float32 (float64 for float64).
     """
+    y = _common(x, normalized_shape, weight, bias, eps, zero_centred, memory_efficient, backend, False)
+    if y is not None:
+        return y
     shape = _check_rows("layer_norm", x, normalized_shape, weight, bias, eps)
     name = choose("layer_norm", x, backend)
     c = Config(len(shape), False, eps, 1.0 if zero_centred else 0.0, 0.0, False, memory_efficient, name)
@@ -629,9 +677,12 @@ def rms_norm(
 
     Differs from torch.nn.functional.rms_norm: y has the dtype of x also beside float32 parameters; the keyword options.
     """
-    shape = _check_rows("rms_norm", x, normalized_shape, weight, None, 0.0 if eps is None else eps)
-    if eps is None:
+    if eps is None and isinstance(x, Tensor) and x.dtype in FLOATING:
         eps = torch.finfo(x.dtype).eps
+    y = _common(x, normalized_shape, weight, None, eps, zero_centred, memory_efficient, backend, True)
+    if y is not None:
+        return y
+    shape = _check_rows("rms_norm", x, normalized_shape, weight, None, eps)
     name = choose("rms_norm", x, backend)
     c = Config(len(shape), False, eps, 1.0 if zero_centred else 0.0, 0.0, True, memory_efficient, name)
     return _normalise("rms_norm", x, weight, None, keep_dtype, c)
@@ -672,8 +723,8 @@ def add_layer_norm(
     """
     op = "add_layer_norm"
     _check_tensor(op, "x", x)
-    if x.dim() == 0:
-        _fail(op, "x", "have at least one dimension", "a scalar")
+    if x.dim() == 0 or x.shape[-1] < 1:
+        _fail(op, "x", "have a last dimension of at least 1", f"shape {tuple(x.shape)}")
     _check_rows(op, x, x.shape[-1:], weight, bias, eps)
     _check_tensor(op, "residual", residual, x)
     if residual.shape != x.shape:

@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from . import nn as fused
+from .backend import FLOATING
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,6 @@ _SWAPS = (
     _Swap("layer_norm", nn.RMSNorm, fused.RMSNorm),
 )
 _STEMS = tuple(dict.fromkeys(swap.stem for swap in _SWAPS))
-_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 _Entries = str | type[nn.Module] | Iterable[str | type[nn.Module]] | None
 
@@ -138,12 +138,13 @@ def replace(model: nn.Module, *, only: _Entries = None, skip: _Entries = None, d
     chosen = None if only is None else _select("only", only, modules)
     skipped = {} if skip is None else _select("skip", skip, modules)
 
-    paths_of: dict[nn.Module, list[str]] = {}
+    paths_of: dict[int, list[str]] = {}  # by id(): the same module, not an equal one
     for path, module in modules.items():
-        paths_of.setdefault(module, []).append(path)
+        paths_of.setdefault(id(module), []).append(path)
 
     rows, swapped = [], []
-    for module, paths in paths_of.items():
+    for paths in paths_of.values():
+        module = modules[paths[0]]
         swap = _find_swap(module)
         if swap is None:
             continue
@@ -225,7 +226,7 @@ def _refusal(module: nn.Module, swap: _Swap, parents: list[nn.Module]) -> tuple[
     for name, parameter in module.named_parameters(recurse=False):
         if type(parameter) is not nn.Parameter:
             return "tensor_subclass", f"{name} is a {type(parameter).__name__}, not a plain tensor"
-        if parameter.dtype not in _DTYPES:
+        if parameter.dtype not in FLOATING:
             return "dtype", f"{name} is {parameter.dtype}"
     return None
 
@@ -270,7 +271,6 @@ def _has_fast_path(module: nn.Module) -> bool:
         return bool(
             module.self_attn.batch_first
             and module.self_attn.in_proj_bias is not None
-            and module.self_attn._qkv_same_embed_dim
             and module.activation_relu_or_gelu
             and module.norm1.eps == module.norm2.eps
             and module.self_attn.num_heads % 2 == 0
@@ -280,7 +280,7 @@ def _has_fast_path(module: nn.Module) -> bool:
 
 
 def _class_name(cls: type) -> str:
-    module = cls.__module__
-    if module.startswith("torch.nn."):
-        module = "nn"
-    return cls.__qualname__ if module in ("builtins", "__main__") else f"{module}.{cls.__qualname__}"
+    for package, short in (("torch.nn.", "nn"), ("pyops.", "pyops.nn")):
+        if cls.__module__.startswith(package):
+            return f"{short}.{cls.__qualname__}"
+    return cls.__qualname__ if cls.__module__ == "__main__" else f"{cls.__module__}.{cls.__qualname__}"

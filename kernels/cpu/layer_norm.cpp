@@ -30,33 +30,47 @@ PYOPS_INLINE A sqrt_of(A a) {
 }
 
 template <typename A>
-PYOPS_INLINE A total(const Vec<A> (&sums)[4]) {
-  return reduce_add<A>((sums[0] + sums[1]) + (sums[2] + sums[3]));
+PYOPS_INLINE A total(const Pair<A> (&sums)[2]) {
+  return reduce_add<A>((sums[0].lo + sums[0].hi) + (sums[1].lo + sums[1].hi));
 }
 
-// weight_offset + weight and bias as dense accumulation-type rows; a missing one is filled in.
+// weight_offset + weight and bias in the accumulation type, up to whole pairs; a missing one is filled in.
 template <typename A>
 struct Affine {
   const A* weight;
   const A* bias;
 };
 
-template <typename A, typename W>
+// Parameters as a pair in the order of T.
+template <typename T, typename W, typename Lanes, typename A = acc_t<T>>
+PYOPS_INLINE Pair<A> load_params(const W* p, Lanes lanes) {
+  Pair<A> v = load_pair(p, lanes);
+  if constexpr (kSplitsEvenOdd<T> && !kSplitsEvenOdd<W>) to_order<T>(v.lo, v.hi);
+  if constexpr (kSplitsEvenOdd<W> && !kSplitsEvenOdd<T>) to_columns<W>(v.lo, v.hi);
+  return v;
+}
+
+// T: whose order; the accumulation type itself for columns as they come (P > 1).
+template <typename T, typename W, typename A = acc_t<T>>
 Affine<A> affine(const W* weight, const W* bias, A weight_offset, int64_t C, A* scratch) {
   A* w = scratch;
-  A* b = scratch + C;
-  if constexpr (sizeof(W) == sizeof(A)) {
-    const bool as_is = weight != nullptr && weight_offset == 0;
-    if (!as_is) for (int64_t c = 0; c < C; ++c) w[c] = weight ? weight_offset + weight[c] : A{1};
-    if (!bias) for (int64_t c = 0; c < C; ++c) b[c] = 0;
-    return {as_is ? weight : w, bias ? bias : b};
-  } else {
-    for_each_vector<A>(C, [&](int64_t c, auto lanes, int) {
-      store(w + c, weight ? splat(weight_offset) + load(weight + c, lanes) : splat(A{1}), lanes);
-      store(b + c, bias ? load(bias + c, lanes) : Vec<A>{}, lanes);
-    });
-    return {w, b};
-  }
+  A* b = scratch + padded<A>(C);
+  for_each_pair<A>(C, [&](int64_t c, auto lanes, int) PYOPS_ALWAYS_INLINE {
+    Pair<A> v{splat(A{1}), splat(A{1})};
+    if (weight != nullptr) {
+      v = load_params<T>(weight + c, lanes);
+      v = {v.lo + weight_offset, v.hi + weight_offset};
+    }
+    store_pair(w + c, v, Full{});
+    store_pair(b + c, bias != nullptr ? load_params<T>(bias + c, lanes) : Pair<A>{}, Full{});
+  });
+  return {w, b};
+}
+
+template <typename T, typename Params, typename A = acc_t<T>>
+Affine<A> affine_of(const Params& p, A* scratch) {
+  return p.P > 1 ? affine<A>(p.weight, p.bias, p.weight_offset, p.C, scratch)
+                 : affine<T>(p.weight, p.bias, p.weight_offset, p.C, scratch);
 }
 
 template <typename A>
@@ -70,34 +84,48 @@ struct Statistics {
 template <typename T, typename A = acc_t<T>>
 PYOPS_INLINE Statistics<A> statistics(const T* h, A sum, int64_t C, A eps, bool rms) {
   const A mean = rms ? A{0} : sum / C;
-  Vec<A> first[4]{}, second[4]{};
-  for_each_vector<A>(C, [&](int64_t c, auto lanes, int slot) {
-    const Vec<A> d = inside(load(h + c, lanes) - mean, lanes);
-    first[slot] += d;
-    second[slot] += d * d;
+  Pair<A> first[2], second[2];
+  for_each_pair<A>(C, [&](int64_t c, auto lanes, int slot) PYOPS_ALWAYS_INLINE {
+    const Pair<A> v = load_pair(h + c, lanes);
+    const Pair<A> d = inside_pair<T>({v.lo - mean, v.hi - mean}, lanes);
+    // 16-bit values are coarser than the rounding of the mean: they need no correction.
+    if constexpr (sizeof(T) > 2) {
+      first[slot].lo += d.lo;
+      first[slot].hi += d.hi;
+    }
+    second[slot].lo += d.lo * d.lo;
+    second[slot].hi += d.hi * d.hi;
   });
-  const A correction = rms ? A{0} : total<A>(first) / C;
-  const A variance = total<A>(second) / C - correction * correction;
+  const A correction = rms || sizeof(T) == 2 ? A{0} : total<A>(first) / C;
+  const A square = total<A>(second) / C;
+  const A variance = square < __builtin_inf() ? square - correction * correction : square;
   return {mean, correction, A{1} / sqrt_of(variance + eps)};
 }
 
 template <typename T, typename A = acc_t<T>>
 PYOPS_INLINE A row_sum(const T* h, int64_t C) {
-  Vec<A> sums[4]{};
-  for_each_vector<A>(C, [&](int64_t c, auto lanes, int slot) { sums[slot] += load(h + c, lanes); });
+  Pair<A> sums[2];
+  for_each_pair<A>(C, [&](int64_t c, auto lanes, int slot) PYOPS_ALWAYS_INLINE {
+    const Pair<A> v = load_pair(h + c, lanes);
+    sums[slot].lo += v.lo;
+    sums[slot].hi += v.hi;
+  });
   return total<A>(sums);
 }
 
 // h = dropout(x) + residual, written to `sum`; returns the sum over the row of what was written.
 template <typename T, typename A = acc_t<T>>
-PYOPS_INLINE A add_row(const T* x, const T* residual, const uint32_t* keep, A scale, T* sum, int64_t C) {
-  Vec<A> sums[4]{};
-  for_each_vector<A>(C, [&](int64_t c, auto lanes, int slot) {
-    Vec<A> v = load(x + c, lanes);
-    if (keep != nullptr) v = rounded<T>(select(keep + c, v * scale));
-    const Vec<A> h = rounded<T>(v + load(residual + c, lanes));
-    store(sum + c, h, lanes);
-    sums[slot] += inside(h, lanes);
+__attribute__((noinline)) A add_row(const T* x, const T* residual, const uint32_t* keep, A scale, T* sum, int64_t C) {
+  Pair<A> sums[2];
+  for_each_pair<A>(C, [&](int64_t c, auto lanes, int slot) PYOPS_ALWAYS_INLINE {
+    Pair<A> v = load_pair(x + c, lanes);
+    if (keep != nullptr) v = rounded_pair<T>(select<T>(keep + c, {v.lo * scale, v.hi * scale}));
+    const Pair<A> r = load_pair(residual + c, lanes);
+    const Pair<A> h = rounded_pair<T>({v.lo + r.lo, v.hi + r.hi});
+    store_pair(sum + c, h, lanes);
+    const Pair<A> in = inside_pair<T>(h, lanes);
+    sums[slot].lo += in.lo;
+    sums[slot].hi += in.hi;
   });
   return total<A>(sums);
 }
@@ -105,16 +133,20 @@ PYOPS_INLINE A add_row(const T* x, const T* residual, const uint32_t* keep, A sc
 template <bool kAffine, typename T, typename A = acc_t<T>>
 PYOPS_INLINE void normalise_row(const T* h, T* y, const Statistics<A>& s, Affine<A> a, int64_t C) {
   const A shift = -s.correction * s.rstd;
-  for_each_vector<A>(C, [&](int64_t c, auto lanes, int) {
-    Vec<A> v = (load(h + c, lanes) - s.mean) * s.rstd + shift;
-    if constexpr (kAffine) v = v * load(a.weight + c, lanes) + load(a.bias + c, lanes);
-    store(y + c, v, lanes);
+  for_each_pair<A>(C, [&](int64_t c, auto lanes, int) PYOPS_ALWAYS_INLINE {
+    Pair<A> v = load_pair(h + c, lanes);
+    v = {(v.lo - s.mean) * s.rstd + shift, (v.hi - s.mean) * s.rstd + shift};
+    if constexpr (kAffine) {
+      const Pair<A> w = load_pair(a.weight + c, Full{}), b = load_pair(a.bias + c, Full{});
+      v = {v.lo * w.lo + b.lo, v.hi * w.hi + b.hi};
+    }
+    store_pair(y + c, v, lanes);
   });
 }
 
 template <bool kAffine, typename T, typename W, typename A = acc_t<T>>
 void forward_rows(const LayerNormFwdParams<T, W>& p, Affine<A> a, Range range) {
-  Scratch<uint32_t> keep(p.seed ? p.C + 4 * kLanes<uint32_t> : 0);
+  Scratch<uint32_t> keep(p.seed ? padded<float>(p.C) + 2 * kLanes<uint32_t> : 0);
   for (int64_t r = range.begin; r < range.end; ++r) {
     const T* h = p.x + r * p.x_stride;
     A sum = 0;
@@ -135,6 +167,12 @@ void forward_rows(const LayerNormFwdParams<T, W>& p, Affine<A> a, Range range) {
 
 // ---- channels first: NV vectors of neighbouring pixels, all C ----
 
+// Sums over the channels are formed in blocks, whose sums are then added: the rounding error grows with C / 32 + 32.
+template <typename F>
+PYOPS_INLINE void for_each_channel_block(int64_t C, F&& f) {
+  for (int64_t begin = 0; begin < C; begin += 32) f(begin, begin + 32 < C ? begin + 32 : C);
+}
+
 template <int NV, bool kAffine, typename T, typename W, typename Lanes, typename A = acc_t<T>>
 void forward_tile(const LayerNormFwdParams<T, W>& p, Affine<A> a, int64_t image, int64_t pixel, Lanes lanes) {
   constexpr int L = kLanes<A>;
@@ -142,22 +180,36 @@ void forward_tile(const LayerNormFwdParams<T, W>& p, Affine<A> a, int64_t image,
   T* y = p.y + image * p.C * p.P + pixel;
   Vec<A> mean[NV]{}, first[NV]{}, second[NV]{}, rstd[NV];
   if (!p.rms) {
-    for (int64_t c = 0; c < p.C; ++c) {
-      for (int v = 0; v < NV; ++v) mean[v] += load(x + c * p.P + v * L, lanes);
-    }
+    for_each_channel_block(p.C, [&](int64_t begin, int64_t end) {
+      Vec<A> sum[NV]{};
+      for (int64_t c = begin; c < end; ++c) {
+        for (int v = 0; v < NV; ++v) sum[v] += load(x + c * p.P + v * L, lanes);
+      }
+      for (int v = 0; v < NV; ++v) mean[v] += sum[v];
+    });
     for (int v = 0; v < NV; ++v) mean[v] /= splat<A>(p.C);
   }
-  for (int64_t c = 0; c < p.C; ++c) {
-    for (int v = 0; v < NV; ++v) {
-      const Vec<A> d = load(x + c * p.P + v * L, lanes) - mean[v];
-      first[v] += d;
-      second[v] += d * d;
+  for_each_channel_block(p.C, [&](int64_t begin, int64_t end) {
+    Vec<A> sum[NV]{}, square[NV]{};
+    for (int64_t c = begin; c < end; ++c) {
+      for (int v = 0; v < NV; ++v) {
+        const Vec<A> d = load(x + c * p.P + v * L, lanes) - mean[v];
+        sum[v] += d;
+        square[v] += d * d;
+      }
     }
-  }
+    for (int v = 0; v < NV; ++v) {
+      first[v] += sum[v];
+      second[v] += square[v];
+    }
+  });
   for (int v = 0; v < NV; ++v) {
     first[v] = p.rms ? Vec<A>{} : first[v] / splat<A>(p.C);
-    const Vec<A> variance = second[v] / splat<A>(p.C) - first[v] * first[v] + p.eps;
-    for (int i = 0; i < L; ++i) rstd[v][i] = A{1} / sqrt_of<A>(variance[i]);
+    const Vec<A> square = second[v] / splat<A>(p.C);
+    const Vec<A> finite = square - first[v] * first[v];
+    for (int i = 0; i < L; ++i) {
+      rstd[v][i] = A{1} / sqrt_of<A>((square[i] < __builtin_inf() ? finite[i] : square[i]) + p.eps);
+    }
   }
   for (int64_t c = 0; c < p.C; ++c) {
     for (int v = 0; v < NV; ++v) {
@@ -222,60 +274,72 @@ PYOPS_INLINE Vec<A> normalised(Vec<A> saved, Vec<A> mean, Vec<A> rstd, Vec<A> we
   }
 }
 
-// kRows rows at once. dweight and dbias run along in A.
+// kRows rows at once, with centred(saved) * scale = xhat. dweight and dbias run along, in T's order.
 template <int kRows, bool kFromOutput, bool kParamGrads, typename T, typename W, typename A = acc_t<T>>
 PYOPS_INLINE void backward_rows(const LayerNormBwdParams<T, W>& p, Affine<A> a, int64_t r, A* dweight, A* dbias,
                                 uint32_t* keep) {
   const T *dy[kRows], *saved[kRows];
-  A mean[kRows], rstd[kRows], mean_g[kRows], mean_gx[kRows];
+  A mean[kRows], rstd[kRows], scale[kRows];
   Vec<A> sum_g[kRows]{}, sum_gx[kRows]{};
   for (int i = 0; i < kRows; ++i) {
     dy[i] = p.dy + (r + i) * p.dy_stride;
     saved[i] = p.saved + (r + i) * p.saved_stride;
     mean[i] = p.mean != nullptr ? p.mean[r + i] : A{0};
     rstd[i] = p.rstd[r + i];
+    scale[i] = kFromOutput ? A{1} : rstd[i];
   }
-  const auto accumulate = [&](int64_t c, auto lanes) {
-    const Vec<A> w = load(a.weight + c, lanes), b = load(a.bias + c, lanes);
-    Vec<A> dw{}, db{};
-    for (int i = 0; i < kRows; ++i) {
-      const Vec<A> d = load(dy[i] + c, lanes);
-      const Vec<A> xhat = inside(
-          normalised<kFromOutput, A>(load(saved[i] + c, lanes), splat(mean[i]), splat(rstd[i]), w, b), lanes);
-      const Vec<A> g = d * w;
-      sum_g[i] += g;
-      sum_gx[i] += g * xhat;
-      dw += d * xhat;
-      db += d;
-    }
-    if constexpr (kParamGrads) {
-      store(dweight + c, load(dweight + c, lanes) + dw, lanes);
-      store(dbias + c, load(dbias + c, lanes) + db, lanes);
+  const auto centred = [&](Pair<A> v, int i, int64_t c) PYOPS_ALWAYS_INLINE -> Pair<A> {
+    if constexpr (kFromOutput) {
+      const Pair<A> w = load_pair(a.weight + c, Full{}), b = load_pair(a.bias + c, Full{});
+      return {(v.lo - b.lo) / w.lo, (v.hi - b.hi) / w.hi};
+    } else {
+      return {v.lo - mean[i], v.hi - mean[i]};
     }
   };
-  constexpr int L = kLanes<A>;
-  int64_t c = 0;
-  for (; c + L <= p.C; c += L) accumulate(c, Full{});
-  if (c < p.C) accumulate(c, Partial{static_cast<int>(p.C - c)});
-
+  for_each_pair<A>(p.C, [&](int64_t c, auto lanes, int) PYOPS_ALWAYS_INLINE {
+    const Pair<A> w = load_pair(a.weight + c, Full{});
+    Pair<A> dw, db;
+    for (int i = 0; i < kRows; ++i) {
+      const Pair<A> d = load_pair(dy[i] + c, lanes);
+      const Pair<A> x = inside_pair<T>(centred(load_pair(saved[i] + c, lanes), i, c), lanes);
+      const Vec<A> g_lo = d.lo * w.lo, g_hi = d.hi * w.hi;
+      sum_g[i] += g_lo;
+      sum_gx[i] += g_lo * x.lo;
+      sum_g[i] += g_hi;
+      sum_gx[i] += g_hi * x.hi;
+      dw.lo += d.lo * scale[i] * x.lo;
+      dw.hi += d.hi * scale[i] * x.hi;
+      db.lo += d.lo;
+      db.hi += d.hi;
+    }
+    if constexpr (kParamGrads) {
+      const Pair<A> dw_before = load_pair(dweight + c, Full{}), db_before = load_pair(dbias + c, Full{});
+      store_pair(dweight + c, {dw_before.lo + dw.lo, dw_before.hi + dw.hi}, Full{});
+      store_pair(dbias + c, {db_before.lo + db.lo, db_before.hi + db.hi}, Full{});
+    }
+  });
+  if (p.dx == nullptr && p.dresidual == nullptr) return;
+  const bool drop = p.seed != nullptr;
   for (int i = 0; i < kRows; ++i) {
-    mean_g[i] = p.rms ? A{0} : reduce_add<A>(sum_g[i]) / p.C;
-    mean_gx[i] = reduce_add<A>(sum_gx[i]) / p.C;
-  }
-  for (int i = 0; i < kRows && (p.dx != nullptr || p.dresidual != nullptr); ++i) {
+    // dh = rstd g - from_g - from_gx (centred saved)
+    const A from_g = p.rms ? A{0} : rstd[i] * (reduce_add<A>(sum_g[i]) / p.C);
+    const A from_gx = rstd[i] * scale[i] * scale[i] * (reduce_add<A>(sum_gx[i]) / p.C);
     const T* dsum = p.dsum != nullptr ? p.dsum + (r + i) * p.dsum_stride : nullptr;
     T* dx = p.dx != nullptr ? p.dx + (r + i) * p.C : nullptr;
     T* dresidual = p.dresidual != nullptr ? p.dresidual + (r + i) * p.C : nullptr;
-    const bool drop = p.seed != nullptr;
     if (drop && dx != nullptr) dropout_row(keep, p.seed, r + i, p.C, p.drop_threshold);
-    for_each_vector<A>(p.C, [&](int64_t c, auto lanes, int) {
-      const Vec<A> w = load(a.weight + c, lanes), b = load(a.bias + c, lanes);
-      const Vec<A> xhat =
-          normalised<kFromOutput, A>(load(saved[i] + c, lanes), splat(mean[i]), splat(rstd[i]), w, b);
-      Vec<A> dh = (load(dy[i] + c, lanes) * w - mean_g[i] - xhat * mean_gx[i]) * rstd[i];
-      if (dsum != nullptr) dh += load(dsum + c, lanes);
-      if (dresidual != nullptr) store(dresidual + c, dh, lanes);
-      if (dx != nullptr) store(dx + c, drop ? select(keep + c, dh * p.dropout_scale) : dh, lanes);
+    for_each_pair<A>(p.C, [&](int64_t c, auto lanes, int) PYOPS_ALWAYS_INLINE {
+      const Pair<A> w = load_pair(a.weight + c, Full{}), d = load_pair(dy[i] + c, lanes);
+      const Pair<A> x = centred(load_pair(saved[i] + c, lanes), i, c);
+      Pair<A> dh{d.lo * w.lo * rstd[i] - from_g - x.lo * from_gx, d.hi * w.hi * rstd[i] - from_g - x.hi * from_gx};
+      if (dsum != nullptr) {
+        const Pair<A> s = load_pair(dsum + c, lanes);
+        dh = {dh.lo + s.lo, dh.hi + s.hi};
+      }
+      if (dresidual != nullptr) store_pair(dresidual + c, dh, lanes);
+      if (dx == nullptr) return;
+      if (drop) dh = select<T>(keep + c, {dh.lo * p.dropout_scale, dh.hi * p.dropout_scale});
+      store_pair(dx + c, dh, lanes);
     });
   }
 }
@@ -284,7 +348,7 @@ constexpr int kBlockRows = 4;
 
 template <bool kFromOutput, bool kParamGrads, typename T, typename W, typename A = acc_t<T>>
 void backward_row_share(const LayerNormBwdParams<T, W>& p, Affine<A> a, Range range, A* dweight, A* dbias) {
-  Scratch<uint32_t> keep(p.seed ? p.C + 4 * kLanes<uint32_t> : 0);
+  Scratch<uint32_t> keep(p.seed ? padded<float>(p.C) + 2 * kLanes<uint32_t> : 0);
   int64_t r = range.begin;
   for (; r + kBlockRows <= range.end; r += kBlockRows) {
     backward_rows<kBlockRows, kFromOutput, kParamGrads>(p, a, r, dweight, dbias, keep.get());
@@ -303,25 +367,32 @@ void backward_tile(const LayerNormBwdParams<T, W>& p, Affine<A> a, int64_t image
     if (p.mean != nullptr) mean[v] = load(p.mean + row + v * L, lanes);
     rstd[v] = load(p.rstd + row + v * L, lanes);
   }
-  for (int64_t c = 0; c < p.C; ++c) {
-    const Vec<A> w = splat(a.weight[c]), b = splat(a.bias[c]);
-    Vec<A> dw{}, db{};
+  for_each_channel_block(p.C, [&](int64_t begin, int64_t end) {
+    Vec<A> block_g[NV]{}, block_gx[NV]{};
+    for (int64_t c = begin; c < end; ++c) {
+      const Vec<A> w = splat(a.weight[c]), b = splat(a.bias[c]);
+      Vec<A> dw{}, db{};
+      for (int v = 0; v < NV; ++v) {
+        const int64_t at = offset + c * p.P + v * L;
+        const Vec<A> d = load(p.dy + at, lanes);
+        const Vec<A> xhat =
+            inside<A>(normalised<kFromOutput, A>(load(p.saved + at, lanes), mean[v], rstd[v], w, b), lanes);
+        const Vec<A> g = d * w;
+        block_g[v] += g;
+        block_gx[v] += g * xhat;
+        dw += d * xhat;
+        db += d;
+      }
+      if constexpr (kParamGrads) {
+        dweight[c] += dw;
+        dbias[c] += db;
+      }
+    }
     for (int v = 0; v < NV; ++v) {
-      const int64_t at = offset + c * p.P + v * L;
-      const Vec<A> d = load(p.dy + at, lanes);
-      const Vec<A> xhat =
-          inside(normalised<kFromOutput, A>(load(p.saved + at, lanes), mean[v], rstd[v], w, b), lanes);
-      const Vec<A> g = d * w;
-      sum_g[v] += g;
-      sum_gx[v] += g * xhat;
-      dw += d * xhat;
-      db += d;
+      sum_g[v] += block_g[v];
+      sum_gx[v] += block_gx[v];
     }
-    if constexpr (kParamGrads) {
-      dweight[c] += dw;
-      dbias[c] += db;
-    }
-  }
+  });
   if (p.dx == nullptr) return;
   for (int v = 0; v < NV; ++v) {
     sum_g[v] = p.rms ? Vec<A>{} : sum_g[v] / splat<A>(p.C);
@@ -352,27 +423,29 @@ void backward_tile_share(const LayerNormBwdParams<T, W>& p, Affine<A> a, Range b
 }
 
 template <bool kFromOutput, bool kParamGrads, typename T, typename W, typename A = acc_t<T>>
-void backward_share(const LayerNormBwdParams<T, W>& p, Affine<A> a, int index, int count) {
-  A* dweight = kParamGrads ? p.workspace + index * 2 * p.C : nullptr;
-  A* dbias = kParamGrads ? dweight + p.C : nullptr;
+void backward_share(const LayerNormBwdParams<T, W>& p, Affine<A> a, A* partial, int index, int count) {
+  A* dweight = kParamGrads ? partial + index * 2 * padded<A>(p.C) : nullptr;
+  A* dbias = kParamGrads ? dweight + padded<A>(p.C) : nullptr;
   if (p.P > 1) {
     backward_tile_share<kFromOutput, kParamGrads>(p, a, share(tile_blocks<A>(p.R, p.P), index, count), dweight, dbias);
     return;
   }
-  for (int64_t i = 0; kParamGrads && i < 2 * p.C; ++i) dweight[i] = 0;
+  for (int64_t i = 0; kParamGrads && i < 2 * padded<A>(p.C); ++i) dweight[i] = 0;
   backward_row_share<kFromOutput, kParamGrads>(p, a, share(p.R, index, count), dweight, dbias);
 }
 
 // dweight[c] = sum over the threads' partial sums, in thread order, for this thread's share of the columns.
-template <typename T, typename W>
-void reduce_params(const LayerNormBwdParams<T, W>& p, int index, int count) {
-  using A = acc_t<T>;
+template <typename T, typename W, typename A = acc_t<T>>
+void reduce_params(const LayerNormBwdParams<T, W>& p, const A* partial, int index, int count) {
   const Range columns = share(p.C, index, count);
+  const int64_t stride = padded<A>(p.C);
   for (int64_t c = columns.begin; c < columns.end; ++c) {
+    const int in_block = static_cast<int>(c % (2 * kLanes<A>));
+    const int64_t at = p.P > 1 ? c : c - in_block + place<T>(in_block);
     A dweight = 0, dbias = 0;
     for (int t = 0; t < count; ++t) {
-      dweight += p.workspace[t * 2 * p.C + c];
-      dbias += p.workspace[t * 2 * p.C + p.C + c];
+      dweight += partial[t * 2 * stride + at];
+      dbias += partial[t * 2 * stride + stride + at];
     }
     if (p.dweight != nullptr) p.dweight[c] = from_acc<W>(dweight);
     if (p.dbias != nullptr) p.dbias[c] = from_acc<W>(dbias);
@@ -383,15 +456,14 @@ template <bool kFromOutput, bool kParamGrads, typename T, typename W, typename A
 void backward(const LayerNormBwdParams<T, W>& p, Affine<A> a) {
   const int64_t tasks = p.P > 1 ? tile_blocks<A>(p.R, p.P) : p.R;
   const int threads = useful_threads(p.R * p.C, tasks, p.num_threads);
-#pragma omp parallel num_threads(threads) if (threads > 1)
-  {
-    const int index = omp_get_thread_num(), count = omp_get_num_threads();
-    backward_share<kFromOutput, kParamGrads>(p, a, index, count);
+  Scratch<A> partial(kParamGrads ? threads * 2 * padded<A>(p.C) : 0);
+  in_parallel(threads, [&](int index, int count) {
+    backward_share<kFromOutput, kParamGrads>(p, a, partial.get(), index, count);
     if constexpr (kParamGrads) {
-#pragma omp barrier
-      reduce_params(p, index, count);
+      wait_for_all(count);
+      reduce_params(p, partial.get(), index, count);
     }
-  }
+  });
 }
 
 }  // namespace
@@ -400,36 +472,30 @@ template <typename T, typename W>
 void layer_norm_fwd_cpu(const LayerNormFwdParams<T, W>& params) {
   using A = acc_t<T>;
   const bool has_affine = params.weight != nullptr || params.bias != nullptr;
-  Scratch<A> scratch(has_affine ? 2 * params.C : 0);
+  Scratch<A> scratch(has_affine ? 2 * padded<A>(params.C) : 0);
   Affine<A> a{};
-  if (has_affine) a = affine<A>(params.weight, params.bias, params.weight_offset, params.C, scratch.get());
+  if (has_affine) a = affine_of<T>(params, scratch.get());
   const int64_t tasks = params.P > 1 ? tile_blocks<A>(params.R, params.P) : params.R;
   const int threads = useful_threads(params.R * params.C, tasks, params.num_threads);
-#pragma omp parallel num_threads(threads) if (threads > 1)
-  {
-    const int index = omp_get_thread_num(), count = omp_get_num_threads();
+  in_parallel(threads, [&](int index, int count) {
     if (has_affine) {
       forward_share<true>(params, a, index, count);
     } else {
       forward_share<false>(params, a, index, count);
     }
-  }
+  });
 }
 
 template <typename T, typename W>
 void layer_norm_bwd_cpu(const LayerNormBwdParams<T, W>& params) {
   using A = acc_t<T>;
-  Scratch<A> scratch(2 * params.C);
-  const Affine<A> a = affine<A>(params.weight, params.bias, params.weight_offset, params.C, scratch.get());
+  Scratch<A> scratch(2 * padded<A>(params.C));
+  const Affine<A> a = affine_of<T>(params, scratch.get());
   const bool param_grads = params.dweight != nullptr || params.dbias != nullptr;
   if (params.from_output) {
     return param_grads ? backward<true, true>(params, a) : backward<true, false>(params, a);
   }
   return param_grads ? backward<false, true>(params, a) : backward<false, false>(params, a);
-}
-
-int64_t layer_norm_bwd_workspace_cpu(int64_t, int64_t C, int64_t, int num_threads) {
-  return (num_threads < 1 ? 1 : num_threads) * 2 * C;
 }
 
 #define PYOPS_INSTANTIATE(T, W)                                          \

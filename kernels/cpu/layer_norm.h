@@ -10,7 +10,6 @@
   void layer_norm_fwd_cpu(const LayerNormFwdParams<T, W>& params); \
   template <typename T, typename W>                               \
   void layer_norm_bwd_cpu(const LayerNormBwdParams<T, W>& params); \
-  int64_t layer_norm_bwd_workspace_cpu(int64_t R, int64_t C, int64_t P, int num_threads); \
   }
 PYOPS_FOR_EACH_ISA(PYOPS_DECLARE)
 #undef PYOPS_DECLARE

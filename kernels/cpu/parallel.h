@@ -18,6 +18,20 @@ inline int useful_threads(int64_t elements, int64_t tasks, int num_threads) {
   return n < 1 ? 1 : static_cast<int>(n);
 }
 
+// Runs f(index, count) on each of `threads` threads; a single one is the caller, without entering OpenMP.
+template <typename F>
+PYOPS_INLINE void in_parallel(int threads, F&& f) {
+  if (threads == 1) return f(0, 1);
+#pragma omp parallel num_threads(threads)
+  f(omp_get_thread_num(), omp_get_num_threads());
+}
+// Inside in_parallel: every thread has come here.
+inline void wait_for_all(int count) {
+  if (count > 1) {
+#pragma omp barrier
+  }
+}
+
 // The contiguous share of thread `index` of `count` in [0, n): the same split for the same count, so that sums formed
 // per thread repeat from run to run.
 struct Range {

@@ -59,20 +59,17 @@ struct Philox {
 };
 
 PYOPS_INLINE U32 interleave(U32 a, U32 b, int from) {
-  U32 index;
-  for (int i = 0; i < kLanes<uint32_t>; ++i) index[i] = from + i / 2 + (i % 2) * kLanes<uint32_t>;
-  return __builtin_shuffle(a, b, index);
+  const auto lane = iota<float>();
+  return __builtin_shuffle(a, b, from + (lane >> 1) + (lane & 1) * kLanes<float>);
 }
 
 // keep[c] = element (r, c) survives dropout ? ~0 : 0, for c in [0, C); keep has room for C rounded up to four vectors.
-PYOPS_INLINE void dropout_row(uint32_t* keep, const int64_t* seed, int64_t r, int64_t C, uint32_t threshold) {
+inline __attribute__((noinline)) void dropout_row(uint32_t* keep, const int64_t* seed, int64_t r, int64_t C, uint32_t threshold) {
   constexpr int L = kLanes<uint32_t>;
   const Philox philox(seed, r);
-  U32 iota;
-  for (int i = 0; i < L; ++i) iota[i] = i;
   for (int64_t c = 0; c < C; c += 4 * L) {
     U32 lane[4];
-    philox(iota + static_cast<uint32_t>(c / 4), lane);
+    philox(bit_cast<U32>(iota<float>()) + static_cast<uint32_t>(c / 4), lane);
     for (int k = 0; k < 4; ++k) lane[k] = bit_cast<U32>((lane[k] >> 8) >= threshold);
     // Lane k holds columns c + 4 j + k: interleave twice to put the columns in order.
     const U32 even_low = interleave(lane[0], lane[2], 0), even_high = interleave(lane[0], lane[2], L / 2);
@@ -83,17 +80,25 @@ PYOPS_INLINE void dropout_row(uint32_t* keep, const int64_t* seed, int64_t r, in
   }
 }
 
-// keep ? v : 0, for one vector of a row's mask.
-PYOPS_INLINE Vec<float> select(const uint32_t* keep, Vec<float> v) {
+PYOPS_INLINE U32 load_mask(const uint32_t* keep, float) {
   U32 mask;
   __builtin_memcpy(&mask, keep, sizeof(mask));
-  return bit_cast<Vec<float>>(bit_cast<U32>(v) & mask);
+  return mask;
 }
-PYOPS_INLINE Vec<double> select(const uint32_t* keep, Vec<double> v) {
+PYOPS_INLINE LaneIndex<double>::type load_mask(const uint32_t* keep, double) {
   typedef int32_t Narrow __attribute__((vector_size(kVectorBytes / 2)));
   Narrow mask;
   __builtin_memcpy(&mask, keep, sizeof(mask));
-  return bit_cast<Vec<double>>(bit_cast<Vec<int64_t>>(v) & __builtin_convertvector(mask, Vec<int64_t>));
+  return __builtin_convertvector(mask, LaneIndex<double>::type);
+}
+
+// keep ? v : 0, for the pair of a row that starts at `keep`, in T's order.
+template <typename T>
+PYOPS_INLINE Pair<acc_t<T>> select(const uint32_t* keep, Pair<acc_t<T>> v) {
+  using A = acc_t<T>;
+  auto lo = load_mask(keep, A{}), hi = load_mask(keep + kLanes<A>, A{});
+  to_order<T>(lo, hi);
+  return {bit_cast<Vec<A>>(bit_cast<decltype(lo)>(v.lo) & lo), bit_cast<Vec<A>>(bit_cast<decltype(hi)>(v.hi) & hi)};
 }
 
 }  // namespace pyops::PYOPS_ISA

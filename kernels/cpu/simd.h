@@ -8,7 +8,8 @@
 #include <immintrin.h>
 #endif
 
-#define PYOPS_INLINE inline __attribute__((always_inline))
+#define PYOPS_ALWAYS_INLINE __attribute__((always_inline))  // behind a lambda's parameters
+#define PYOPS_INLINE inline PYOPS_ALWAYS_INLINE
 
 namespace pyops::PYOPS_ISA {
 
@@ -125,12 +126,6 @@ PYOPS_INLINE void store(T* p, Vec<acc_t<T>> v, Partial lanes) {
   __builtin_memcpy(p, &raw, lanes.n * sizeof(T));
 }
 
-// v as it reads back after a store to T.
-template <typename T>
-PYOPS_INLINE Vec<acc_t<T>> rounded(Vec<acc_t<T>> v) {
-  return widen(narrow(v, T{}), T{});
-}
-
 template <typename T>
 PYOPS_INLINE acc_t<T> to_acc(T v) {
   if constexpr (sizeof(T) >= 4) {
@@ -146,40 +141,177 @@ PYOPS_INLINE T from_acc(acc_t<T> v) {
   return out;
 }
 
-// Zero beyond the row.
-template <typename V>
-PYOPS_INLINE V inside(V v, Full) {
+// An integer for each lane of Vec<A>.
+template <typename A>
+struct LaneIndex {
+  typedef int32_t type __attribute__((vector_size(kVectorBytes)));
+};
+template <>
+struct LaneIndex<double> {
+  typedef int64_t type __attribute__((vector_size(kVectorBytes)));
+};
+
+// 0, 1, 2, ... Read from memory: g++ does not fold a vector that is filled lane by lane.
+constexpr int32_t kIota32[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+constexpr int64_t kIota64[] = {0, 1, 2, 3, 4, 5, 6, 7};
+template <typename A>
+PYOPS_INLINE typename LaneIndex<A>::type iota() {
+  typename LaneIndex<A>::type v;
+  if constexpr (sizeof(A) == 8) {
+    __builtin_memcpy(&v, kIota64, sizeof(v));
+  } else {
+    __builtin_memcpy(&v, kIota32, sizeof(v));
+  }
   return v;
 }
-template <typename V>
-PYOPS_INLINE V inside(V v, Partial lanes) {
-  for (int i = 0; i < static_cast<int>(sizeof(V) / sizeof(v[0])); ++i) v[i] = i < lanes.n ? v[i] : 0;
+
+// Zero beyond the row.
+template <typename A>
+PYOPS_INLINE Vec<A> inside(Vec<A> v, Full) {
   return v;
+}
+template <typename A>
+PYOPS_INLINE Vec<A> inside(Vec<A> v, Partial lanes) {
+  return iota<A>() < lanes.n ? v : Vec<A>{};
 }
 
 // Sum of the lanes, halves first: a fixed order.
 template <typename A>
 PYOPS_INLINE A reduce_add(Vec<A> v) {
-  A lanes[kLanes<A>];
-  __builtin_memcpy(lanes, &v, sizeof(v));
-  for (int width = kLanes<A> / 2; width > 0; width /= 2) {
-    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
-  }
-  return lanes[0];
+#pragma GCC unroll 4
+  for (int width = kLanes<A> / 2; width > 0; width /= 2) v += __builtin_shuffle(v, iota<A>() ^ width);
+  return v[0];
 }
 
-// Calls f(column, lanes, slot) for every vector of a row; slot in 0..3 names one of four independent accumulators.
-template <typename A, typename F>
-PYOPS_INLINE void for_each_vector(int64_t C, F&& f) {
-  constexpr int L = kLanes<A>;
-  int64_t c = 0;
-  for (; c + 4 * L <= C; c += 4 * L) {
-    f(c, Full{}, 0);
-    f(c + L, Full{}, 1);
-    f(c + 2 * L, Full{}, 2);
-    f(c + 3 * L, Full{}, 3);
+// ---- rows in pairs of vectors ----
+//
+// A pair holds 2 L neighbouring columns of a row. Of bf16 its halves are the even and the odd columns: one shift and one
+// mask widen 2 L of them, where keeping the order takes two loads, two extensions and two shifts. Everything that meets
+// such a pair (weight, bias, their gradients, the dropout mask) is brought into the same order, T's order.
+
+template <typename A>
+struct Pair {
+  Vec<A> lo{}, hi{};
+};
+
+template <typename T>
+constexpr bool kSplitsEvenOdd = false;
+template <>
+inline constexpr bool kSplitsEvenOdd<bf16> = true;
+
+// Where column o of a block of 2 L stands in T's order.
+template <typename T>
+PYOPS_INLINE int place(int o) {
+  return kSplitsEvenOdd<T> ? (o % 2) * kLanes<acc_t<T>> + o / 2 : o;
+}
+
+// Two vectors in column order as a pair in T's order.
+template <typename T, typename V>
+PYOPS_INLINE void to_order(V& first, V& second) {
+  if constexpr (kSplitsEvenOdd<T>) {
+    const auto even = iota<acc_t<T>>() * 2;
+    const V lo = __builtin_shuffle(first, second, even), hi = __builtin_shuffle(first, second, even + 1);
+    first = lo;
+    second = hi;
   }
-  for (; c + L <= C; c += L) f(c, Full{}, 0);
+}
+
+// And back.
+template <typename T, typename V>
+PYOPS_INLINE void to_columns(V& lo, V& hi) {
+  if constexpr (kSplitsEvenOdd<T>) {
+    const auto lane = iota<acc_t<T>>();
+    const auto source = (lane >> 1) + (lane & 1) * kLanes<acc_t<T>>;
+    const V first = __builtin_shuffle(lo, hi, source), second = __builtin_shuffle(lo, hi, source + kLanes<acc_t<T>> / 2);
+    lo = first;
+    hi = second;
+  }
+}
+
+template <typename T>
+PYOPS_INLINE Pair<acc_t<T>> load_pair(const T* p, Full) {
+  if constexpr (kSplitsEvenOdd<T>) {
+    U32 raw;
+    __builtin_memcpy(&raw, p, sizeof(raw));
+    return {bit_cast<Vec<float>>(raw << 16), bit_cast<Vec<float>>(raw & 0xffff0000u)};
+  } else {
+    return {load(p, Full{}), load(p + kLanes<acc_t<T>>, Full{})};
+  }
+}
+template <typename T>
+PYOPS_INLINE Pair<acc_t<T>> load_pair(const T* p, Partial lanes) {
+  constexpr int L = kLanes<acc_t<T>>;
+  alignas(kVectorBytes) T columns[2 * L] = {};
+  __builtin_memcpy(columns, p, lanes.n * sizeof(T));
+  return load_pair(columns, Full{});
+}
+
+// Rounds to bf16 and leaves the result in the upper half of each lane.
+PYOPS_INLINE U32 round_to_upper(Vec<float> v) {
+  const U32 bits = bit_cast<U32>(v);
+  return v != v ? bits | 0x400000u : bits + 0x7fff + ((bits >> 16) & 1);
+}
+
+template <typename T>
+PYOPS_INLINE void store_pair(T* p, Pair<acc_t<T>> v, Full) {
+  if constexpr (kSplitsEvenOdd<T>) {
+    const U32 raw = (round_to_upper(v.lo) >> 16) | (round_to_upper(v.hi) & 0xffff0000u);
+    __builtin_memcpy(p, &raw, sizeof(raw));
+  } else {
+    store(p, v.lo, Full{});
+    store(p + kLanes<acc_t<T>>, v.hi, Full{});
+  }
+}
+template <typename T>
+PYOPS_INLINE void store_pair(T* p, Pair<acc_t<T>> v, Partial lanes) {
+  constexpr int L = kLanes<acc_t<T>>;
+  alignas(kVectorBytes) T columns[2 * L];
+  store_pair(columns, v, Full{});
+  __builtin_memcpy(p, columns, lanes.n * sizeof(T));
+}
+
+// Zero beyond the row, in T's order.
+template <typename T>
+PYOPS_INLINE Pair<acc_t<T>> inside_pair(Pair<acc_t<T>> v, Full) {
+  return v;
+}
+template <typename T>
+PYOPS_INLINE Pair<acc_t<T>> inside_pair(Pair<acc_t<T>> v, Partial lanes) {
+  using A = acc_t<T>;
+  auto lo = iota<A>(), hi = iota<A>() + kLanes<A>;
+  to_order<T>(lo, hi);
+  return {lo < lanes.n ? v.lo : Vec<A>{}, hi < lanes.n ? v.hi : Vec<A>{}};
+}
+
+// v as it reads back after a store to T.
+template <typename T>
+PYOPS_INLINE Pair<acc_t<T>> rounded_pair(Pair<acc_t<T>> v) {
+  if constexpr (kSplitsEvenOdd<T>) {
+    return {bit_cast<Vec<float>>(round_to_upper(v.lo) & 0xffff0000u),
+            bit_cast<Vec<float>>(round_to_upper(v.hi) & 0xffff0000u)};
+  } else {
+    return {widen(narrow(v.lo, T{}), T{}), widen(narrow(v.hi, T{}), T{})};
+  }
+}
+
+template <typename A>
+constexpr int64_t padded(int64_t C) {  // columns, up to whole pairs
+  return (C + 2 * kLanes<A> - 1) / (2 * kLanes<A>) * (2 * kLanes<A>);
+}
+
+// Calls f(column, lanes, slot) for every pair of a row; slot 0 or 1 names one of two independent sets of accumulators.
+template <typename A, typename F>
+PYOPS_INLINE void for_each_pair(int64_t C, F&& f) {
+  constexpr int step = 2 * kLanes<A>;
+  int64_t c = 0;
+  for (; c + 2 * step <= C; c += 2 * step) {
+    f(c, Full{}, 0);
+    f(c + step, Full{}, 1);
+  }
+  if (c + step <= C) {
+    f(c, Full{}, 0);
+    c += step;
+  }
   if (c < C) f(c, Partial{static_cast<int>(C - c)}, 1);
 }
 

@@ -56,7 +56,7 @@ struct LayerNormBwdParams {
   T* dresidual;          // [R, C] or null; written only under dropout (without it dresidual equals dx)
   W* dweight;            // [C] or null
   W* dbias;              // [C] or null
-  acc_t<T>* workspace;   // layer_norm_bwd_workspace() elements; partial sums of dweight and dbias
+  acc_t<T>* workspace;   // layer_norm_bwd_workspace() elements, GPU only: partial sums of dweight, dbias
   int64_t R, C, P;
   int64_t dy_stride, dsum_stride, saved_stride;
   acc_t<T> weight_offset;

@@ -1,0 +1,143 @@
+"""Who is measured. A peer is a class with one method per function it can serve: `layer_norm(case)` returns a callable
+of the case's inputs, or None where it cannot serve that case. Adding a peer is adding a class to PEERS."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+
+import torch
+
+from .case import Case, Provider
+
+
+class Peer:
+    """Base: a peer on any device, without functions."""
+
+    name = ""
+    devices = ("cpu", "cuda")
+    package = ""  # must be importable
+
+    def unavailable(self, device: str) -> str:
+        """Why it cannot run at all, or an empty string."""
+        if device not in self.devices:
+            return f"not for {device}"
+        if self.package and importlib.util.find_spec(self.package) is None:
+            return f"{self.package} is not installed"
+        return ""
+
+    def provide(self, case: Case) -> Callable | None:
+        method = getattr(self, case.function, None)
+        return method(case) if method else None
+
+
+class Eager(Peer):
+    name = "torch"
+
+    def provide(self, case: Case) -> Callable:
+        return case.eager
+
+
+class Compile(Peer):
+    """The definition through torch.compile, compiled anew for each case."""
+
+    name = "compile"
+    options: dict = {}
+
+    def provide(self, case: Case) -> Callable:
+        return torch.compile(case.eager, dynamic=False, **self.options)
+
+
+class CompileMaxAutotune(Compile):
+    name = "compile max-autotune"
+    devices = ("cuda",)
+    options = {"mode": "max-autotune-no-cudagraphs"}
+
+
+class Liger(Peer):
+    """Liger-Kernel (Triton). `in_place=False`: its default overwrites the incoming gradient."""
+
+    name = "liger"
+    devices = ("cuda",)
+    package = "liger_kernel"
+
+    def layer_norm(self, case: Case) -> Callable | None:
+        from liger_kernel.ops import LigerLayerNormFunction
+
+        if case.dtype == torch.float64:
+            return None
+        eps = case.params["eps"]
+        return lambda x, weight, bias: LigerLayerNormFunction.apply(x, weight, bias, eps)
+
+    def rms_norm(self, case: Case) -> Callable | None:
+        from liger_kernel.ops import LigerRMSNormFunction
+
+        if case.dtype == torch.float64:
+            return None
+        eps = case.params["eps"]
+        return lambda x, weight: LigerRMSNormFunction.apply(x, weight, eps, 0.0, "llama", False)
+
+
+class Quack(Peer):
+    """quack (CuTe DSL). Its LayerNorm has no autograd and takes float32 parameters only, so it is wrapped here and
+    serves float32 cases; its RMSNorm serves all."""
+
+    name = "quack"
+    devices = ("cuda",)
+    package = "quack"
+
+    def layer_norm(self, case: Case) -> Callable | None:
+        from quack.rmsnorm import layernorm_bwd, layernorm_fwd
+
+        if case.dtype != torch.float32:
+            return None
+        eps = case.params["eps"]
+
+        class LayerNorm(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, x, weight, bias):
+                y, rstd, mean = layernorm_fwd(x, weight, bias, eps, return_rstd=True, return_mean=True)
+                ctx.save_for_backward(x, weight, rstd, mean)
+                return y
+
+            @staticmethod
+            def backward(ctx, dy):
+                x, weight, rstd, mean = ctx.saved_tensors
+                return layernorm_bwd(x, weight, dy, rstd, mean)
+
+        def layer_norm(x, weight, bias):
+            if torch.is_grad_enabled():
+                return LayerNorm.apply(x, weight, bias)
+            return layernorm_fwd(x, weight, bias, eps)
+
+        return layer_norm
+
+    def rms_norm(self, case: Case) -> Callable | None:
+        from quack import rmsnorm
+
+        if case.dtype == torch.float64:
+            return None
+        eps = case.params["eps"]
+        return lambda x, weight: rmsnorm(x, weight, eps=eps)
+
+
+PEERS = (Eager, Compile, CompileMaxAutotune, Liger, Quack)
+OURS = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
+
+
+def peers(device: str) -> tuple[list[Peer], dict[str, str]]:
+    """The peers that can run on `device`, and for each other one the reason why not."""
+    every = [peer() for peer in PEERS]
+    reasons = {peer.name: peer.unavailable(device) for peer in every}
+    return [p for p in every if not reasons[p.name]], {name: why for name, why in reasons.items() if why}
+
+
+def providers(case: Case, usable_peers: list[Peer], backends: list[str]) -> list[Provider]:
+    """Fresh providers for one case. Dynamo forgets earlier cases, so that no recompile limit is ever reached."""
+    torch._dynamo.reset()
+    found = [Provider(f"pyops {backend}", case.ours(backend), ours=True) for backend in backends]
+    for peer in usable_peers:
+        fn = peer.provide(case)
+        if fn is not None:
+            found.append(Provider(peer.name, fn))
+    return found

@@ -1,0 +1,218 @@
+"""The main job of this package on a real model: `python -m examples.demo [--epochs N] [--out DIR]`.
+
+Trains the Vision Transformer of this folder twice from the same start on the same batches, once as it is and once after
+`pyops.replace(model)`, epoch by epoch in turn, so that both see the same load of the machine. Prints what was replaced,
+accuracy, errors against float64 and times, and draws both loss curves. The exit status says whether the results agree;
+times are reported, never judged.
+"""
+
+import argparse
+import copy
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column, Table
+from torch import Tensor, nn
+
+import pyops
+from examples.vision_transformer import BATCH_SIZE, Trainer, VisionTransformer, accuracy, load_data
+
+LEAST_ACCURACY = 0.95
+MOST_ACCURACY_DIFFERENCE = 0.015  # 5 of 360 test images; rounding alone moves one or two
+MOST_ERROR_RATIO = 2.0
+ROUNDING_FLOOR = 4.5 * torch.finfo(torch.float32).eps
+INFERENCE_REPEATS = 40
+TIMED_STEPS = 20
+
+
+def errors(model: nn.Module, exact: dict[str, Tensor], images: Tensor, labels: Tensor) -> tuple[float, float]:
+    """Largest error of the outputs and of any gradient, each in units of the largest element of its exact tensor."""
+    found = results(model, images, labels)
+    error = {name: ((found[name].double() - t).abs().max() / t.abs().max()).item() for name, t in exact.items()}
+    outputs = error.pop("outputs")
+    return outputs, max(error.values())
+
+
+def results(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """Outputs of one batch and the gradients of its loss."""
+    outputs = model(images)
+    names, parameters = zip(*model.named_parameters())
+    gradients = torch.autograd.grad(F.cross_entropy(outputs, labels), parameters)
+    return {"outputs": outputs.detach(), **dict(zip(names, gradients))}
+
+
+def train(trainers: dict[str, Trainer], epochs: int, console: Console) -> dict[str, list[float]]:
+    """Trains all models, one epoch of each in turn; returns the seconds of every epoch."""
+    seconds: dict[str, list[float]] = {name: [] for name in trainers}
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("training", total=epochs * len(trainers))
+        for epoch in range(epochs):
+            for name in _rotated(trainers, epoch):
+                start = time.perf_counter()
+                loss = trainers[name].train_epoch()
+                seconds[name].append(time.perf_counter() - start)
+                progress.update(task, advance=1, description=f"epoch {epoch + 1:2d}  {name:<6}  loss {loss:.3f}")
+    return seconds
+
+
+@torch.inference_mode()
+def time_inference(models: dict[str, nn.Module], images: Tensor) -> dict[str, float]:
+    """Median seconds for all images in one batch; the models take turns."""
+    seconds: dict[str, list[float]] = {name: [] for name in models}
+    for repeat in range(INFERENCE_REPEATS):
+        for name in _rotated(models, repeat):
+            model = models[name].eval()
+            start = time.perf_counter()
+            model(images)
+            seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(times) for name, times in seconds.items()}
+
+
+def layer_norm_share(model: nn.Module, step: Callable[[], object]) -> float:
+    """The part of a training step that the LayerNorms of the model take, forward and backward, measured by hooks."""
+    start = spent = 0.0
+
+    def enter(*_: object) -> None:
+        nonlocal start
+        start = time.perf_counter()
+
+    def leave(*_: object) -> None:
+        nonlocal spent
+        spent += time.perf_counter() - start
+
+    for module in model.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.register_forward_pre_hook(enter)
+            module.register_forward_hook(leave)
+            module.register_full_backward_pre_hook(enter)
+            module.register_full_backward_hook(leave)
+    step()  # warm up
+    spent, began = 0.0, time.perf_counter()
+    for _ in range(TIMED_STEPS):
+        step()
+    return spent / (time.perf_counter() - began)
+
+
+def draw(path: Path, trainers: dict[str, Trainer]) -> None:
+    """Loss of every step of both runs, and how far apart they are."""
+    (first, one), (second, other) = trainers.items()
+    figure = Figure(figsize=(8, 6), constrained_layout=True)
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    above.plot(one.losses, color="tab:gray", linewidth=2.5, label=first)
+    above.plot(other.losses, color="tab:red", linewidth=0.9, label=second)
+    above.set(ylabel="training loss", yscale="log", title="Vision Transformer on 8x8 digits, same start and batches")
+    above.legend()
+    below.plot([abs(a - b) or float("nan") for a, b in zip(one.losses, other.losses)], ".", color="tab:blue")
+    below.set(xlabel="step", ylabel="difference", yscale="log")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+
+
+def summary(
+    test: dict[str, float],
+    error: dict[str, tuple[float, float]],
+    epochs: dict[str, list[float]],
+    inference: dict[str, float],
+) -> Table:
+    """What was measured, by name of the model, and the quotients of it."""
+    rows = [
+        ("test accuracy", "{:.2%}", test),
+        ("largest error of outputs", "{:.1e}", {name: outputs for name, (outputs, _) in error.items()}),
+        ("largest error of gradients", "{:.1e}", {name: gradients for name, (_, gradients) in error.items()}),
+        ("training, s per epoch (median)", "{:.3f}", {name: statistics.median(s) for name, s in epochs.items()}),
+        ("training, s in all", "{:.1f}", {name: sum(s) for name, s in epochs.items()}),
+        ("inference, ms (median)", "{:.2f}", {name: 1e3 * s for name, s in inference.items()}),
+    ]
+    table = Table("", *(Column(name, justify="right") for name in ("stock", "pyops", "stock / pyops")))
+    for label, form, value in rows:
+        ratio = "" if value is test else f"{value['stock'] / value['pyops']:.2f}"
+        table.add_row(label, form.format(value["stock"]), form.format(value["pyops"]), ratio)
+    return table
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m examples.demo", description=__doc__.split("\n\n")[1])
+    parser.add_argument("--epochs", type=int, default=30, help="passes over the data for each model (default 30)")
+    parser.add_argument("--out", type=Path, default=Path("out/demo"), help="folder for the plot (default out/demo)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=1, help="of torch (default 1; the model is too small for more)")
+    options = parser.parse_args(arguments)
+    for name in ("epochs", "threads"):
+        if (value := getattr(options, name)) < 1:
+            parser.error(f"--{name} must be at least 1, got {value}")
+    torch.set_num_threads(options.threads)
+    began = time.perf_counter()
+    console = Console()
+
+    train_images, train_labels, test_images, test_labels = load_data()
+    torch.manual_seed(options.seed)
+    stock = VisionTransformer()
+    replaced = copy.deepcopy(stock)
+    report = pyops.replace(replaced)
+    models = {"stock": stock, "pyops": replaced}
+    print(report, end="\n\n")
+
+    batch = train_images[:BATCH_SIZE], train_labels[:BATCH_SIZE]
+    exact = results(copy.deepcopy(stock).double(), batch[0].double(), batch[1])
+    error = {name: errors(model, exact, *batch) for name, model in models.items()}
+
+    probe = copy.deepcopy(stock)
+    share = layer_norm_share(probe, Trainer(probe, *batch, epochs=1 + TIMED_STEPS).train_epoch)
+    trainers = {
+        name: Trainer(model, train_images, train_labels, options.epochs, options.seed) for name, model in models.items()
+    }
+    epochs = train(trainers, options.epochs, console)
+    test = {name: accuracy(model, test_images, test_labels) for name, model in models.items()}
+    inference = time_inference(models, test_images)
+
+    console.print(f"{sum(p.numel() for p in stock.parameters()):,} parameters, {options.threads} threads")
+    console.print(summary(test, error, epochs, inference))
+    print("Errors are relative to float64, on one batch before training.")
+    print(
+        f"LayerNorm takes {share:.1%} of a stock training step: were it free, {1 / (1 - share):.2f} would be the ratio."
+    )
+
+    plot = options.out / "vision_transformer.png"
+    draw(plot, trainers)
+    print(f"Loss curves: {plot}    Total: {time.perf_counter() - began:.0f} s")
+
+    failures = verdict(len(report.replaced), test, error)
+    for failure in failures:
+        print(f"FAILED: {failure}", file=sys.stderr)
+    return 1 if failures else 0
+
+
+def verdict(replaced: int, test: dict[str, float], error: dict[str, tuple[float, float]]) -> list[str]:
+    """What is wrong with the results, in words; empty when they agree."""
+    failures = []
+    if not replaced:
+        failures.append("no layer was replaced")
+    for name, value in test.items():
+        if not value >= LEAST_ACCURACY:
+            failures.append(f"test accuracy of {name} is {value:.2%}, expected at least {LEAST_ACCURACY:.0%}")
+    if not abs(test["stock"] - test["pyops"]) <= MOST_ACCURACY_DIFFERENCE:
+        failures.append(f"the accuracies differ by more than {MOST_ACCURACY_DIFFERENCE:.1%}")
+    for what, stock, ours in zip(("outputs", "gradients"), error["stock"], error["pyops"]):
+        most = MOST_ERROR_RATIO * stock + ROUNDING_FLOOR
+        if not ours <= most:
+            failures.append(f"the error of {what} is {ours:.1e}, expected at most {most:.1e}")
+    return failures
+
+
+def _rotated(names: dict[str, object], turn: int) -> list[str]:
+    """The names in another order at every turn, so that none always runs first."""
+    names = list(names)
+    return names[turn % len(names) :] + names[: turn % len(names)]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,257 @@
+// Launches, scheduling and barriers of the SIMT executor (state.h has the state).
+//
+// A fiber runs until it waits or ends; then one of the ready fibers, chosen at random, runs. A barrier makes all
+// threads of the block ready at once when the last one arrives. When nobody is ready and somebody waits, the launch has
+// a deadlock, and the report says who waits where. Blocks run in random order, one after another. All choices come from
+// the seed and the number of the launch, so a report can be replayed.
+#include <algorithm>
+#include <map>
+#include <mutex>
+#include <numeric>
+#include <stdexcept>
+#include <vector>
+
+#include "state.h"
+#include "tsan.h"
+
+namespace pyops::simt {
+
+const Thread* current_thread = nullptr;
+uint3 current_block;
+dim3 block_size, grid_size;
+Executor executor;
+
+namespace {
+
+const char* name_of(Wait wait) {
+  constexpr const char* kNames[] = {
+      "runs", "has exited", "waits in sync_block", "waits in sync_warp", "waits in a vote", "waits in a shuffle"};
+  return kNames[static_cast<int>(wait)];
+}
+
+std::string triple(uint3 v) {
+  return "(" + std::to_string(v.x) + "," + std::to_string(v.y) + "," + std::to_string(v.z) + ")";
+}
+
+void switch_fiber(Context* from, Fiber* to) {
+  executor.running = to;
+  current_thread = to;
+  tsan_switch(to->tsan);
+  switch_context(from, &to->context);
+}
+
+void switch_to_host(Context* from) {
+  executor.running = nullptr;
+  current_thread = nullptr;
+  tsan_switch(executor.tsan_host);
+  switch_context(from, &executor.host);
+}
+
+Fiber* choose() { return executor.ready[--executor.ready_count]; }
+
+// Nobody can run: groups the threads by what they wait in.
+[[noreturn, gnu::noinline]] void report_deadlock() {
+  struct Group {
+    unsigned count = 0;
+    uint3 first{};
+  };
+  std::map<std::string, Group> groups;
+  for (unsigned i = 0; i < executor.threads; ++i) {
+    const Fiber& fiber = executor.fibers[i];
+    std::string what = name_of(fiber.wait);
+    if (fiber.wait != Wait::kExited) what += " at " + text(fiber.site);
+    if (fiber.wait > Wait::kSyncBlock) {
+      char mask[24];
+      snprintf(mask, sizeof mask, " with mask 0x%08x", fiber.mask);
+      what += mask;
+    }
+    Group& group = groups[what];
+    if (group.count++ == 0) group.first = fiber.index;
+  }
+  std::string report = "divergence: no thread can go on";
+  for (const auto& [what, group] : groups) {
+    report += "; thread " + triple(group.first);
+    if (group.count > 1) report += " and " + std::to_string(group.count - 1) + " more";
+    report += " " + what;
+  }
+  fail(report);
+}
+
+[[noreturn, gnu::noinline]] void report_two_barriers(const Fiber& other, CallSite site) {
+  fail("divergence: sync_block is reached at " + text(other.site) + " by thread " + triple(other.index) + " and at " +
+       text(site) + " by this one");
+}
+
+[[noreturn]] void run_thread() {
+  tsan_acquire(&executor.tsan_launch);
+  tsan_acquire(executor.tsan_before);
+  executor.kernel(executor.kernel_context);
+  tsan_release(executor.tsan_after);
+  tsan_release(&executor.tsan_done);
+  Fiber* me = executor.running;
+  me->wait = Wait::kExited;
+  if (--executor.live == 0) {
+    switch_to_host(&me->context);
+  } else {
+    if (executor.ready_count == 0) report_deadlock();
+    switch_fiber(&me->context, choose());
+  }
+  __builtin_unreachable();
+}
+
+// Under ThreadSanitizer blocks take turns on several sets of fibers, each with shared memory of its own. Blocks on one
+// set are ordered, so that reuse of stacks and shared memory is no race; blocks on different sets are not.
+unsigned fiber_sets() { return kTsan ? std::min(kTsanSets, kStacks / executor.threads) : 1; }
+
+void run_block(uint3 block, uint64_t turn) {
+  Executor& e = executor;
+  const unsigned set = turn % fiber_sets(), first_fiber = set * e.threads;
+  current_block = block;
+  e.live = e.threads;
+  e.ready_count = e.barrier_arrived = e.barrier_generation = 0;
+  const unsigned round = turn / fiber_sets() % 2;  // a block must be ordered after the one before, not after itself
+  e.tsan_before = &e.tsan_sets[set][1 - round];
+  e.tsan_after = &e.tsan_sets[set][round];
+  e.shared = shared_memory_block(set, e.shared_bytes);
+  tsan_ignore_begin();
+  if (e.shared_bytes > 0) memset(e.shared, 0xff, e.shared_bytes);
+  tsan_ignore_end();
+
+  for (unsigned i = 0; i < e.threads; ++i) {
+    Fiber& fiber = e.fibers[i];
+    fiber.index = {i % block_size.x, i / block_size.x % block_size.y, i / (block_size.x * block_size.y)};
+    fiber.warp = &e.warps[i / kWarpLanes];
+    fiber.lane = i % kWarpLanes;
+    fiber.wait = Wait::kNone;
+    fiber.warp_syncs = 0;
+    if (kTsan) fiber.tsan = tsan_fiber(first_fiber + i);
+    // Tops at different offsets in their pages: at equal ones the stacks of a block would share a few cache sets.
+    const size_t stack_bytes = kStackBytes - i % 64 * 256;
+    make_context(&fiber.context, stack_of(first_fiber + i), stack_bytes, run_thread);
+    make_ready(&fiber);
+  }
+  for (unsigned i = 0; i < e.threads; i += kWarpLanes) {
+    Warp& warp = e.warps[i / kWarpLanes];
+    warp.lanes = &e.fibers[i];
+    warp.count = std::min(kWarpLanes, e.threads - i);
+    warp.waiting = 0;
+  }
+  switch_fiber(&e.host, choose());
+  if (!e.failure.empty()) throw std::runtime_error(e.failure);
+}
+
+void check_launch(const char* name, dim3 grid, dim3 block, size_t smem_bytes) {
+  const auto refuse = [&](const char* why) {
+    throw std::runtime_error(std::string("cuda: launch of ") + name + " failed: " + why);
+  };
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0) refuse("the grid is empty");
+  if (grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535) refuse("the grid is too large");
+  if (block.x == 0 || block.y == 0 || block.z == 0) refuse("the block is empty");
+  if (block.x > 1024 || block.y > 1024 || block.z > 64) refuse("the block is too large");
+  if (uint64_t(block.x) * block.y * block.z > kMaxThreads) refuse("the block has too many threads");
+  if (smem_bytes > kMaxSharedBytes) refuse("the block has too much shared memory");
+}
+
+}  // namespace
+
+void Random::seed(uint64_t a, uint64_t b) {  // splitmix64 of both, so that neighbouring seeds differ everywhere
+  uint64_t z = a * 0x9e3779b97f4a7c15u + b * 0xd1b54a32d192ed03u + 0x9e3779b97f4a7c15u;
+  z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
+  z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
+  state_ = (z ^ (z >> 31)) | 1;
+}
+
+std::string text(CallSite site) { return std::string(site.file_name()) + ":" + std::to_string(site.line()); }
+
+void fail(const std::string& what) {
+  Executor& e = executor;
+  e.failure = std::string("simt: ") + e.kernel_name + ": " + what + " [block " + triple(current_block) + ", thread " +
+              triple(e.running->index) + ", seed " + std::to_string(e.seed) + ", launch " + std::to_string(e.launches) +
+              "]";
+  switch_to_host(&e.running->context);
+  __builtin_unreachable();
+}
+
+void fail(const std::string& what, CallSite site) { fail(what + " at " + text(site)); }
+
+void wait_for_turn() {
+  Executor& e = executor;
+  if (e.ready_count == 0) report_deadlock();
+  Fiber* me = e.running;
+  Fiber* next = choose();
+  if (next == me) return;
+  switch_fiber(&me->context, next);
+}
+
+void sync_block(CallSite site) {
+  if (switched_off(site, Wait::kSyncBlock)) return;
+  Executor& e = executor;
+  Fiber* me = e.running;
+  me->wait = Wait::kSyncBlock;
+  me->site = site;
+  // Two in turn: a thread cannot come to the barrier after the next before every thread has left this one.
+  char* order = &e.tsan_barrier[e.barrier_generation % 2];
+  tsan_release(order);
+  if (++e.barrier_arrived == e.threads) {
+    e.barrier_arrived = 0;
+    ++e.barrier_generation;
+    for (unsigned i = 0; i < e.threads; ++i) {
+      if (!same_site(e.fibers[i].site, site)) report_two_barriers(e.fibers[i], site);
+      make_ready(&e.fibers[i]);
+    }
+  }
+  wait_for_turn();
+  me->wait = Wait::kNone;
+  tsan_acquire(order);
+}
+
+void* shared_memory(size_t bytes, size_t alignment, CallSite site) {
+  if (bytes > executor.shared_bytes) {
+    fail("shared storage of " + std::to_string(bytes) + " bytes in a launch with " +
+             std::to_string(executor.shared_bytes),
+         site);
+  }
+  if (alignment > 16) fail("shared storage aligned to more than 16 bytes", site);
+  return executor.shared;
+}
+
+void misaligned(const void* p, size_t bytes, CallSite site) {
+  char address[24];
+  snprintf(address, sizeof address, "%p", p);
+  fail("misaligned access: " + std::to_string(bytes) + " bytes at " + address, site);
+}
+
+int multiprocessor_count() { return executor.multiprocessors; }
+
+void launch(const char* name, dim3 grid, dim3 block, size_t smem_bytes, void (*kernel)(void*), void* context) {
+  static std::mutex one_at_a_time;
+  const std::lock_guard lock(one_at_a_time);
+  check_launch(name, grid, block, smem_bytes);
+
+  Executor& e = executor;
+  grid_size = grid;
+  block_size = block;
+  e.threads = block.x * block.y * block.z;
+  e.kernel_name = name;
+  e.kernel = kernel;
+  e.kernel_context = context;
+  e.shared_bytes = smem_bytes;
+  e.failure.clear();
+  e.random.seed(e.seed, e.launches++);
+  e.tsan_host = tsan_current_fiber();
+  sites_begin_launch();
+
+  std::vector<uint32_t> order(uint64_t(grid.x) * grid.y * grid.z);
+  std::iota(order.begin(), order.end(), 0);
+  for (size_t i = order.size(); i > 1; --i) std::swap(order[i - 1], order[e.random.below(i)]);
+
+  const FaultHandler handler;
+  tsan_release(&e.tsan_launch);
+  for (uint64_t turn = 0; turn < order.size(); ++turn) {
+    const uint32_t i = order[turn];
+    run_block({i % grid.x, i / grid.x % grid.y, i / (grid.x * grid.y)}, turn);
+  }
+  tsan_acquire(&e.tsan_done);
+}
+
+}  // namespace pyops::simt

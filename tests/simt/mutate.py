@@ -1,0 +1,193 @@
+"""Proves that the tests' equipment sees what it must: switches off every barrier and exchange of the kernels in turn.
+
+A mutant is one place (kernel, file, line) that executes, with the barrier or exchange there doing nothing. It is caught
+when a run is refused or gives other bits than the correct kernel under one of a few seeds, or when ThreadSanitizer
+reports a race. The correct kernels give the same bits under every seed and no report.
+
+    python tests/simt/mutate.py [--no-tsan]
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from torch import Tensor
+
+from simt import SimtBackend, Site, build, load
+
+SEEDS = range(1, 9)
+
+# (kernel, text of the line): why the kernel is right without it.
+EQUIVALENT: dict[tuple[str, str], str] = {}
+
+
+KERNELS = Path(__file__).resolve().parents[2] / "kernels" / "cuda"
+WAITS = re.compile(r"\b(sync_block|sync_warp|shfl|shfl_down|shfl_xor|warp_reduce_sum|ballot|warp_any|warp_all)\(")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One forward and backward call. The sizes are those where the kernels divide the work differently."""
+
+    R: int
+    C: int
+    P: int = 1
+    dtype: torch.dtype = torch.float32
+    rms: bool = False
+    p: float = 0.0  # of dropout; with it there are a residual and dsum
+
+
+LAYER_NORM = [
+    Case(70, 8),  # several rows to a warp
+    Case(9, 200, p=0.3),  # a warp to a row
+    Case(9, 203, rms=True, p=0.3),  # single elements
+    Case(5, 1536, dtype=torch.bfloat16),  # several warps to a row
+    Case(3, 1537),  # the same, single elements
+    Case(2, 4099),  # longer than the registers of a backward block
+    Case(2, 16387),  # longer than the registers of a forward block
+    Case(75, 40, P=25),  # channels first, few channels
+    Case(50, 900, P=25),  # many channels
+]
+
+
+def run(backend: SimtBackend, case: Case) -> list[Tensor]:
+    """All outputs of forward and backward; the inputs depend on the case alone."""
+    g = torch.Generator().manual_seed(case.R * case.C)
+    acc, dropout = torch.float32, case.p > 0
+
+    def data(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=g).to(case.dtype)
+
+    shape = (case.R, case.C) if case.P == 1 else (case.R // case.P, case.C, case.P)
+    x, dy, weight, bias = data(*shape), data(*shape), data(case.C), data(case.C)
+    residual, dsum = (data(*shape), data(*shape)) if dropout else (None, None)
+    seed = torch.tensor([5, 7]) if dropout else None
+    y, dx, dweight, dbias = (torch.empty_like(t) for t in (x, x, weight, bias))
+    total, dresidual = (torch.empty_like(x), torch.empty_like(x)) if dropout else (None, None)
+    mean, rstd = (None if case.rms else torch.empty(case.R, dtype=acc)), torch.empty(case.R, dtype=acc)
+    workspace = torch.empty(backend.layer_norm_bwd_workspace(x, case.C, case.P), dtype=acc)
+
+    sizes = (case.C, case.P)
+    saved = total if dropout else x
+    backend.layer_norm_fwd(
+        x, residual, weight, bias, seed, y, total, mean, rstd, *sizes, 1e-5, 0.0, case.p, case.rms, 1
+    )
+    inputs = (dy, dsum, saved, weight, bias, mean, rstd, seed)
+    options = (*sizes, 0.0, case.p, case.rms, False, 1)
+    backend.layer_norm_bwd(*inputs, dx, dresidual, dweight, dbias, workspace, *options)
+    alone = torch.empty_like(x)  # dx without dweight and dbias
+    backend.layer_norm_bwd(*inputs, alone, dresidual, None, None, workspace, *options)
+    outputs = (y, total, mean, rstd, dx, dresidual, dweight, dbias, alone)
+    return [t for t in outputs if t is not None]
+
+
+def written_places() -> set[tuple[str, int]]:
+    """File and line of every barrier and exchange that stands in a kernel's source, executed or not."""
+    return {
+        (path.name, number)
+        for path in KERNELS.glob("*.cu")
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if WAITS.search(line.split("//")[0])
+    }
+
+
+def same_bits(a: list[Tensor], b: list[Tensor]) -> bool:
+    return all(torch.equal(x.view(torch.uint8), y.view(torch.uint8)) for x, y in zip(a, b))
+
+
+@dataclass
+class Mutant:
+    """A place, and what switching it off did."""
+
+    site: Site
+    text: str  # of the line
+    results: str = ""  # how the results or a report gave it away
+    tsan: bool | None = None  # whether ThreadSanitizer did; None: not asked
+
+    @property
+    def equivalent(self) -> str:
+        return EQUIVALENT.get((self.site.kernel, self.text), "")
+
+    @property
+    def caught(self) -> bool:
+        return bool(self.results or self.tsan)
+
+    def __str__(self) -> str:
+        place = f"{self.site.kernel} {Path(self.site.file).name}:{self.site.line} {self.site.what}"
+        seen = [self.results] if self.results else []
+        seen += ["ThreadSanitizer reports it"] if self.tsan else []
+        verdict = "; ".join(seen) or (f"equivalent: {self.equivalent}" if self.equivalent else "NOT CAUGHT")
+        return f"{place}: {verdict}"
+
+
+def seen_in_results(backend: SimtBackend, cases: list[tuple[Case, list[Tensor]]]) -> str:
+    for seed in SEEDS:
+        backend.set_seed(seed)
+        for case, correct in cases:
+            try:
+                if not same_bits(run(backend, case), correct):
+                    return f"wrong results of {case.R} x {case.C}, seed {seed}"
+            except RuntimeError as error:
+                return f"refused: {error}"
+    return ""
+
+
+def tsan(program: Path, *options: str) -> int:
+    """Exit status of the ThreadSanitizer program: 0 is silence, 66 a report."""
+    # Its older runtimes refuse the address randomisation of newer kernels.
+    fixed = ["setarch", "-R"] if shutil.which("setarch") else []
+    if subprocess.run([*fixed, "true"], capture_output=True).returncode != 0:  # some containers forbid it
+        fixed = []
+    return subprocess.run([*fixed, program, *options], capture_output=True, timeout=300).returncode
+
+
+def mutants(with_tsan: bool = True) -> Iterator[Mutant]:
+    """Every place that executes, switched off. Raises when the correct kernels are not right themselves."""
+    backend = load()
+    program = build("tsan") if with_tsan else Path()  # now: both are of the same sources
+    reached: dict[Site, list[tuple[Case, list[Tensor]]]] = {}
+    for case in LAYER_NORM:
+        backend.set_seed(0)
+        backend.record_sites(True)
+        correct = run(backend, case)
+        for site in backend.sites():
+            key = Site(site.kernel, site.file, site.line, site.what, calls=0)
+            reached.setdefault(key, []).append((case, correct))
+        backend.record_sites(False)
+        if different := seen_in_results(backend, [(case, correct)]):
+            raise AssertionError(f"{case}: without a mutant: {different}")
+    if with_tsan and tsan(program) != 0:
+        raise AssertionError("ThreadSanitizer reports a race in the kernels as they are")
+
+    for site, cases in sorted(reached.items(), key=lambda item: (item[0].file, item[0].line, item[0].kernel)):
+        mutant = Mutant(site, Path(site.file).read_text().splitlines()[site.line - 1].strip())
+        backend.disable(site.file, site.line, site.kernel)
+        try:
+            mutant.results = seen_in_results(backend, cases)
+        finally:
+            backend.enable_all()
+        if with_tsan and site.what in ("sync_block", "sync_warp"):  # the others order no memory
+            mutant.tsan = tsan(program, "--disable", site.kernel, Path(site.file).name, str(site.line)) == 66
+        yield mutant
+    backend.set_seed(1)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--no-tsan", action="store_true", help="judge by results and reports alone")
+    survivors = 0
+    for found in mutants(with_tsan=not parser.parse_args().no_tsan):
+        print(found, flush=True)
+        survivors += not (found.caught or found.equivalent)
+    sys.exit(1 if survivors else 0)

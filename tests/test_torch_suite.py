@@ -1,0 +1,147 @@
+"""torch's own samples and module cases for its normalisations, run through pyops: an oracle from outside."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from conftest import TARGETS, Target
+from layer_norm_cases import Case, exact, scales, with_gradients
+from oracle import Oracle
+from torch import Tensor
+
+import pyops
+
+FUNCTIONS = {
+    "nn.functional.layer_norm": lambda x, shape, weight=None, bias=None, eps=1e-5, **o: pyops.layer_norm(
+        x, shape, weight, bias, eps, **o
+    ),
+    "nn.functional.rms_norm": lambda x, shape, weight=None, eps=None, **o: pyops.rms_norm(x, shape, weight, eps, **o),
+    "native_layer_norm": lambda x, shape, weight, bias, eps, **o: pyops.layer_norm(x, shape, weight, bias, eps, **o),
+}
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+@pytest.fixture(
+    params=[pytest.param(t, marks=() if t.name in ("eager", "cpu") else pytest.mark.full, id=str(t)) for t in TARGETS]
+)
+def target(request: pytest.FixtureRequest) -> Target:
+    return request.param
+
+
+@cache
+def operators() -> dict[str, Any]:
+    """torch's descriptions of the three operators."""
+    pytest.importorskip("expecttest", reason="torch's internal test tools need the package expecttest")
+    from torch.testing._internal.common_methods_invocations import op_db
+
+    return {op.name: op for op in op_db if op.name in FUNCTIONS}
+
+
+@cache
+def modules() -> dict[str, Any]:
+    pytest.importorskip("expecttest", reason="torch's internal test tools need the package expecttest")
+    from torch.testing._internal.common_modules import module_db
+
+    return {
+        info.module_cls.__name__: info
+        for info in module_db
+        if info.module_cls in (torch.nn.LayerNorm, torch.nn.RMSNorm)
+    }
+
+
+def incoming(y: Tensor) -> Tensor:
+    """A gradient for y, the same in every dtype."""
+    return torch.randn(y.shape, generator=torch.Generator().manual_seed(2)).to(y)
+
+
+def samples(name: str, target: Target, dtype: torch.dtype) -> Iterator[Any]:
+    """torch's samples; their negative eps, which pyops refuses, with the other sign."""
+    op = operators()[name]
+    if dtype not in op.supported_dtypes(target.device):
+        return
+    for sample in op.sample_inputs(target.device, dtype, requires_grad=True):
+        sample.args = tuple(abs(a) if isinstance(a, float) else a for a in sample.args)
+        sample.kwargs = {n: abs(a) if isinstance(a, float) else a for n, a in sample.kwargs.items()}
+        yield sample
+
+
+def judge_sample(oracle: Oracle, target: Target, name: str, sample: Any) -> None:
+    """Outputs and gradients of pyops and of torch's operator, on the very tensors of the sample."""
+    x, args, kwargs = sample.input, sample.args, sample.kwargs
+    shape, *rest = args
+    given = dict(zip(("weight", "bias", "eps") if "layer" in name else ("weight", "eps"), rest)) | kwargs
+    t = {"x": x} | {n: v for n, v in given.items() if isinstance(v, Tensor)}
+    t["dy"] = incoming(x)
+    eps = given.get("eps")
+    if eps is None:
+        eps = 1e-5 if "layer" in name else torch.finfo(x.dtype).eps
+    case = Case(
+        op=name.split(".")[-1].removeprefix("native_"), shape=tuple(x.shape), dtype=x.dtype, dims=len(shape), eps=eps
+    )
+    y = operators()[name].op(x, *args, **kwargs)
+    theirs = {"y": y if isinstance(y, Tensor) else y[0]}
+    mine = {"y": FUNCTIONS[name](x, *args, **kwargs, backend=target.name)}
+    oracle.check_all(case, with_gradients(mine, t), with_gradients(theirs, t), exact(case, t), scales(case, t))
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_samples(target: Target, name: str) -> None:
+    """Every sample input in every dtype that torch supports."""
+    with Oracle(f"{name} on {target}") as oracle:
+        for dtype in DTYPES:
+            for sample in samples(name, target, dtype):
+                judge_sample(oracle, target, name, sample)
+
+
+@pytest.mark.parametrize("name", ["nn.functional.layer_norm", "nn.functional.rms_norm"])
+def test_noncontiguous_samples(target: Target, name: str) -> None:
+    """The samples with every tensor spread out in memory."""
+    with Oracle(f"{name} on {target}") as oracle:
+        for sample in samples(name, target, torch.float32):
+            judge_sample(oracle, target, name, sample.noncontiguous())
+
+
+@pytest.mark.parametrize("name", ["nn.functional.rms_norm", "native_layer_norm"])
+def test_error_inputs(target: Target, name: str) -> None:
+    """What torch refuses, pyops refuses, in its own words. (torch has no error inputs for F.layer_norm.)"""
+    for case in operators()[name].error_inputs(target.device):
+        sample = case.sample_input
+        with pytest.raises((ValueError, TypeError), match=r"^\w+: \w+ must .*, got "):
+            FUNCTIONS[name](sample.input, *sample.args, **sample.kwargs, backend=target.name)
+
+
+@pytest.mark.parametrize("name", ["LayerNorm", "RMSNorm"])
+def test_modules(target: Target, name: str) -> None:
+    """torch's cases of its modules: constructor, forward, gradients, and torch's own reference where it has one."""
+    info = modules()[name]
+    mine_class = getattr(pyops.nn, name)
+    checked = 0
+    with Oracle(f"{name} on {target}") as oracle:
+        for dtype in (torch.float32, torch.float64):
+            for case in info.module_inputs_func(info, target.device, dtype, requires_grad=True, training=True):
+                args, kwargs = case.constructor_input.args, case.constructor_input.kwargs
+                options = {**kwargs, "device": target.device, "dtype": dtype}
+                theirs, mine = info.module_cls(*args, **options), mine_class(*args, **options, backend=target.name)
+                for parameter in theirs.parameters():
+                    torch.nn.init.normal_(parameter)
+                mine.load_state_dict(theirs.state_dict())
+                reference = copy.deepcopy(theirs).double()
+                x = case.forward_input.args[0]
+                outcomes = [module_results(m, x.double() if m is reference else x) for m in (mine, theirs, reference)]
+                oracle.check_all(f"{dtype} {case.desc or args}", *outcomes)
+                if case.reference_fn is not None:
+                    torch.testing.assert_close(mine(x), case.reference_fn(theirs, x))
+                checked += 1
+    assert checked > 0
+
+
+def module_results(module: torch.nn.Module, x: Tensor) -> dict[str, Tensor]:
+    x = x.detach().requires_grad_()
+    y = module(x)
+    leaves = {"x": x} | dict(module.named_parameters())
+    return {"y": y.detach()} | dict(zip(leaves, torch.autograd.grad(y, list(leaves.values()), incoming(y))))

@@ -1,0 +1,197 @@
+"""Ahead-of-time compilation of the Triton kernels, for GPUs that need not be present.
+
+What is compiled is what the launchers launch: a stub driver names the architecture, and a launch stops once the kernel
+is compiled. Triton decides at import whether it interprets, and the rest of the suite makes it interpret, so this file
+runs itself as a program in a process of its own; the tests read the JSON that it prints.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+CAPABILITIES = (80, 90, 100, 120)
+SHARED_LIMIT = 99 * 1024  # bytes that every architecture from 8.0 on gives a program
+F64, F32, F16, BF16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
+DTYPES = ((F64, F64), (F32, F32), (F16, F16), (BF16, BF16), (F16, F32), (BF16, F32))  # of x and of weight
+WIDE_LOAD = re.compile(r"ld\.global\S*\.(v4\.[bf]32|v2\.[bf]64)|cp\.async\.cg\.shared\.global[^;]*, 0x10")
+WIDE_STORE = re.compile(r"st\.global\S*\.(v4\.[bf]32|v2\.[bf]64)")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A forward and a backward call."""
+
+    C: int = 1024
+    P: int = 1
+    dtype: torch.dtype = BF16
+    param_dtype: torch.dtype = F32
+    rms: bool = False
+    residual: bool = False
+    dropout: bool = False
+    from_output: bool = False
+
+    def __str__(self) -> str:
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return ", ".join(f"{name}={value}" for name, value in values.items() if value is not False)
+
+    @property
+    def wide(self) -> bool:
+        """Whether all addresses are multiples of 16 bytes."""
+        return self.C % 16 == 0 and (self.P == 1 or self.P % 16 == 0)
+
+    def run(self, layer_norm: Any) -> None:
+        """Calls the launchers, on tensors that are large enough for full tiles."""
+        C, P = self.C, self.P
+        R = 2 * P if P > 1 else max(4096 // C, 16)
+
+        def rows() -> torch.Tensor:
+            return torch.empty(R * C, dtype=self.dtype).view((R, C) if P == 1 else (2, C, P))
+
+        statistic = torch.empty(R, dtype=F64 if self.dtype == F64 else F32)
+        weight = torch.empty(C, dtype=self.param_dtype)
+        bias = None if self.rms else weight.clone()
+        mean = None if self.rms else statistic
+        residual = rows() if self.residual else None
+        seed = torch.zeros(2, dtype=torch.int64) if self.dropout else None
+        layer_norm.layer_norm_fwd(
+            rows(), residual, weight, bias, seed, rows(), residual, mean, statistic, C, P, 1e-5, 0.0, 0.1, self.rms
+        )
+        workspace = statistic.new_empty(layer_norm.layer_norm_bwd_workspace(rows(), C, P))
+        layer_norm.layer_norm_bwd(
+            rows(), residual, rows(), weight, bias, None if self.from_output else mean, statistic, seed, rows(),
+            rows() if self.dropout else None, weight, bias, workspace, C, P, 0.0, 0.1, self.rms, self.from_output,
+        )  # fmt: skip
+
+
+DTYPE_CASES = [Case(dtype=T, param_dtype=W, residual=True, dropout=True) for T, W in DTYPES]
+PATH_CASES = [Case(), Case(C=40000), Case(C=96, P=3136), Case(C=1000, rms=True, from_output=True)]
+ALL_CASES = [
+    Case(C=C, dtype=T, param_dtype=W, **features)
+    for C in (16384, 8192, 8191, 4095, 64, 3)
+    for T, W in ((F64, F64), (F32, F32), (BF16, F32))
+    for features in (
+        {},
+        {"rms": True},
+        {"residual": True},
+        {"residual": True, "dropout": True},
+        {"from_output": True},
+        {"rms": True, "from_output": True},
+    )
+]
+ALL_CASES += [
+    Case(C=C, P=P, dtype=T, param_dtype=W, from_output=from_output)
+    for C in (96, 384, 2048)
+    for P in (196, 3136)
+    for T, W in ((F64, F64), (F32, F32), (BF16, BF16), (BF16, F32))
+    for from_output in (False, True)
+]
+
+
+def compile_cases(capability: int, cases: list[Case]) -> list[dict[str, Any]]:
+    """What became of every kernel that the cases launch."""
+    import triton
+    from pyops._triton import layer_norm
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime.jit import JITFunction
+
+    class Driver:
+        def get_current_target(self) -> GPUTarget:
+            return GPUTarget("cuda", capability, 32)
+
+        def get_current_device(self) -> int:
+            return 0
+
+        def get_current_stream(self, _: int) -> int:
+            return 0
+
+    triton.runtime.driver.set_active(Driver())
+    layer_norm._multiprocessors = lambda _: 132
+    cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    found: dict[str, dict[str, Any]] = {}
+    run = JITFunction.run
+
+    def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:  # noqa: ARG001
+        kernel = run(self, *args, grid=grid, warmup=True, **options)
+        if kernel.hash in found:
+            return
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(kernel.asm["cubin"])
+            file.flush()
+            command = [cuobjdump, "--dump-resource-usage", file.name]
+            usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        registers, stack, local = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", usage).groups()
+        found[kernel.hash] = {
+            "kernel": self.__name__,
+            "case": str(case),
+            "registers": int(registers),
+            "stack": int(stack) + int(local),
+            "shared": kernel.metadata.shared,
+            "fp_fusion_set": "enable_fp_fusion" in options,
+            "wide": case.wide,
+            "wide_loads": len(WIDE_LOAD.findall(kernel.asm["ptx"])),
+            "wide_stores": len(WIDE_STORE.findall(kernel.asm["ptx"])),
+        }
+
+    JITFunction.run = compile_only
+    for case in cases:
+        case.run(layer_norm)
+    return list(found.values())
+
+
+def compiled(tmp_path: Path, capability: int, cases: str) -> list[dict[str, Any]]:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    command = [sys.executable, __file__, str(capability), cases]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+def check(kernels: list[dict[str, Any]]) -> None:
+    names = {"_layer_norm_fwd_kernel", "_layer_norm_bwd_kernel", "_layer_norm_bwd_reduce_kernel"}
+    assert {k["kernel"] for k in kernels} == names
+    # A spill lies in the stack frame; nothing else in these kernels needs one.
+    assert [k for k in kernels if k["stack"]] == []
+    assert [k for k in kernels if k["shared"] > SHARED_LIMIT] == []
+    assert [k for k in kernels if not k["fp_fusion_set"]] == []
+    assert [k for k in kernels if k["wide"] and not k["wide_loads"]] == []
+    assert [k for k in kernels if k["wide"] and not k["wide_stores"] and "reduce" not in k["kernel"]] == []
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_kernels_compile_well(tmp_path: Path, capability: int) -> None:
+    pytest.importorskip("triton")
+    kernels = compiled(tmp_path, capability, "DTYPE_CASES")
+    assert len(kernels) == 3 * len(DTYPES)
+    check(kernels)
+
+
+def test_paths_compile_well(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    check(compiled(tmp_path, 90, "PATH_CASES"))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_all_paths_compile_well(tmp_path: Path, capability: int) -> None:
+    pytest.importorskip("triton")
+    check(compiled(tmp_path, capability, "ALL_CASES"))
+
+
+def test_import_of_pyops_leaves_the_kernels_alone() -> None:
+    subprocess.run([sys.executable, "-c", "import sys, pyops; assert 'pyops._triton' not in sys.modules"], check=True)
+
+
+if __name__ == "__main__":
+    print(json.dumps(compile_cases(int(sys.argv[1]), globals()[sys.argv[2]])))
