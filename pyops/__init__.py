@@ -1,4 +1,4 @@
-"""Fused neural-network kernels for PyTorch: one function each, on CPU, CUDA and Triton, with gradients of every order."""
+"""Fused neural-network kernels for PyTorch on CPU, CUDA and Triton, with gradients of every order."""
 
 from . import nn
 from .backend import explain, use_backend

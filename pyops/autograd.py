@@ -21,7 +21,7 @@ Tensors = Sequence[torch.Tensor | None]
 
 
 class Rule:
-    """What an operation is: tensors (or None) in, plain values in ``config``, a tuple that the operator's schema ends in.
+    """What an operation is: tensors (or None), and plain values in ``config``, with which its schema ends.
 
     ``direct`` chooses between the backend itself and the registered operator.
     """
@@ -53,7 +53,7 @@ class Rule:
     @staticmethod
     def backward_common(grads: Tensors, saved: Tensors, config: tuple, needs: Sequence[bool]) -> tuple | None:
         """Everything that ``plain`` returns from backward, for the call that most calls are; None for any other."""
-        return None
+        raise NotImplementedError
 
     @staticmethod
     def formula(grads: Tensors, saved: Tensors, config: tuple, needs: Sequence[bool]) -> tuple:

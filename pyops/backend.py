@@ -32,7 +32,7 @@ PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter)
 
 @dataclass
 class Backend:
-    """One implementation: how to load an operation's leaves, and why it would not serve a tensor (None when it would)."""
+    """One implementation: how its leaves are loaded, and why it would not serve a tensor (None when it would)."""
 
     name: str
     load: Callable[[str], ModuleType | None]  # by stem
@@ -93,6 +93,12 @@ OPERATIONS = ("layer_norm", "rms_norm", "add_layer_norm", "layer_norm2d")
 _forced: str | None = None
 
 
+def _constant_when_compiled(function: Callable) -> Callable:
+    """torch.compiler.assume_constant_result without its import of torch._dynamo, which takes two seconds."""
+    function._dynamo_marked_constant = True
+    return function
+
+
 def check_name(op: str, name: str) -> None:
     if name not in BACKENDS:
         raise ValueError(f"{op}: backend must be one of {', '.join(BACKENDS)}, or None, got {name!r}")
@@ -144,12 +150,13 @@ def choose(op: str, x: torch.Tensor, name: str | None) -> str:
 _logged: set[tuple[str, str]] = set()
 
 
-@torch.compiler.assume_constant_result
+@_constant_when_compiled
 def _log_fallback(op: str, device: str) -> None:
     if (op, device) in _logged:
         return
     _logged.add((op, device))
-    reasons = "; ".join(f"{name}: {BACKENDS[name].unusable(torch.empty(0, device=device))}" for name in PREFERRED.get(device, ()))
+    x = torch.empty(0, device=device)
+    reasons = "; ".join(f"{name}: {BACKENDS[name].unusable(x)}" for name in PREFERRED.get(device, ()))
     logger.warning("%s on %s runs torch's own operator (%s)", op, device, reasons or "no backend serves this device")
 
 
@@ -227,7 +234,16 @@ def _private(name: str, default: Callable) -> Callable:
 
 _dispatch_modes = _private("_len_torch_dispatch_stack", lambda: 1)
 _functorch_active = _private("_are_functorch_transforms_active", lambda: True)
+# The vmap of is_grads_batched is an older one, which functorch does not know.
+_is_legacy_batched = getattr(torch._C._functorch, "is_legacy_batchedtensor", lambda _: False)
 _is_compiling = torch.compiler.is_dynamo_compiling
+
+
+def autocast_to_float(x: torch.Tensor, keep_dtype: bool) -> bool:
+    """torch's rule for normalisations: off the CPU, autocast computes and returns them in float32."""
+    if x.is_cpu or keep_dtype:
+        return False
+    return torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type)
 
 
 def is_quiet() -> bool:
@@ -240,7 +256,9 @@ def is_plain(*tensors: torch.Tensor | None) -> bool:
     if not is_quiet():
         return False
     for t in tensors:
-        if t is not None and (type(t) not in PLAIN_TYPES or t.is_neg() or t._is_zerotensor()):
+        if t is None:
+            continue
+        if type(t) not in PLAIN_TYPES or t.is_neg() or t._is_zerotensor() or _is_legacy_batched(t):
             return False
     return True
 
@@ -250,7 +268,7 @@ def functorch_active() -> bool:
     return _functorch_constant() if _is_compiling() else _functorch_active()
 
 
-@torch.compiler.assume_constant_result
+@_constant_when_compiled
 def _functorch_constant() -> bool:
     return _functorch_active()
 
@@ -262,6 +280,6 @@ def needs_definition() -> bool:
     return forward_ad._current_level >= 0
 
 
-@torch.compiler.assume_constant_result
+@_constant_when_compiled
 def _forward_ad_constant() -> bool:
     return forward_ad._current_level >= 0

@@ -14,7 +14,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import autograd
-from .backend import FLOATING, choose, cpu_kernels, functorch_active, is_plain, is_quiet, leaf, needs_definition
+from .backend import (
+    FLOATING,
+    autocast_to_float,
+    choose,
+    cpu_kernels,
+    functorch_active,
+    is_plain,
+    is_quiet,
+    leaf,
+    needs_definition,
+)
 from .philox import draw_seed, drop_scale, keep_mask
 
 _get_num_threads = torch.get_num_threads
@@ -100,8 +110,8 @@ def gradients(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dx, dresidual, dweight, dbias) in differentiable torch operators.
 
-    ``saved`` is h, or y with ``from_output``. Without ``stats`` they are computed from h, so that gradients flow through
-    them. ``batch`` leading dimensions are not summed over in dweight and dbias.
+    ``saved`` is h, or y with ``from_output``. Without ``stats`` the statistics are computed from h, so that gradients
+    flow through them. ``batch`` leading dimensions are not summed over in dweight and dbias.
     """
     acc = _acc(saved.dtype)
     if c.channels_first:
@@ -298,12 +308,12 @@ def _present(t: Tensor | None, like: Tensor) -> Tensor:
     return _absent(like) if t is None else t
 
 
-def _fwd_operator(x, residual, weight, bias, seed, *config):  # noqa: ANN001
+def _fwd_operator(x, residual, weight, bias, seed, *config):
     results = forward_leaf(x, residual, weight, bias, seed, Config(*config))
     return tuple(_present(t, x) for t in results)
 
 
-def _bwd_operator(dy, dsum, saved, weight, bias, stats, seed, *config_needs):  # noqa: ANN001
+def _bwd_operator(dy, dsum, saved, weight, bias, stats, seed, *config_needs):
     *config, needs = config_needs
     results = backward_leaf(dy, dsum, saved, weight, bias, stats, seed, Config(*config), needs)
     dx, dresidual, dweight, dbias = (_present(t, saved) for t in results)
@@ -321,7 +331,7 @@ def _empty_output(x: Tensor, c: Config) -> Tensor:
 
 
 @torch.library.register_fake("pyops::layer_norm_fwd", lib=_library)
-def _fwd_fake(x, residual, weight, bias, seed, *config):  # noqa: ANN001, ARG001
+def _fwd_fake(x, residual, weight, bias, seed, *config):  # noqa: ARG001
     c = Config(*config)
     lead = x.shape[:-3] + x.shape[-2:] if c.channels_first else x.shape[: x.dim() - c.dims]
     total = _absent(x) if residual is None else torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -329,7 +339,7 @@ def _fwd_fake(x, residual, weight, bias, seed, *config):  # noqa: ANN001, ARG001
 
 
 @torch.library.register_fake("pyops::layer_norm_bwd", lib=_library)
-def _bwd_fake(dy, dsum, saved, weight, bias, stats, seed, *config_needs):  # noqa: ANN001, ARG001
+def _bwd_fake(dy, dsum, saved, weight, bias, stats, seed, *config_needs):  # noqa: ARG001
     *config, needs = config_needs
     c = Config(*config)
     param = weight if weight is not None else bias
@@ -350,14 +360,14 @@ def _per_sample(op: Any, info: Any, in_dims: tuple, args: tuple) -> tuple:
     """One call for each sample: with dropout, every sample has the mask that it would have alone."""
     runs = []
     for i in range(info.batch_size):
-        picked = [a if d is None else a.select(d, i) for a, d in zip(args, in_dims)]
+        picked = [a.select(d, i) if isinstance(d, int) else a for a, d in zip(args, in_dims)]
         runs.append(op(*picked))
     results = tuple(torch.stack(r) for r in zip(*runs))
     return results, (0,) * len(results)
 
 
 @torch.library.register_vmap("pyops::layer_norm_fwd", lib=_library)
-def _fwd_vmap(info, in_dims, x, residual, weight, bias, seed, *config):  # noqa: ANN001
+def _fwd_vmap(info, in_dims, x, residual, weight, bias, seed, *config):
     op = torch.ops.pyops.layer_norm_fwd.default
     if seed is not None:
         return _per_sample(op, info, in_dims, (x, residual, weight, bias, seed, *config))
@@ -380,7 +390,7 @@ def _fwd_vmap(info, in_dims, x, residual, weight, bias, seed, *config):  # noqa:
 
 
 @torch.library.register_vmap("pyops::layer_norm_bwd", lib=_library)
-def _bwd_vmap(info, in_dims, dy, dsum, saved, weight, bias, stats, seed, *config_needs):  # noqa: ANN001
+def _bwd_vmap(info, in_dims, dy, dsum, saved, weight, bias, stats, seed, *config_needs):
     if seed is not None:
         op = torch.ops.pyops.layer_norm_bwd.default
         return _per_sample(op, info, in_dims, (dy, dsum, saved, weight, bias, stats, seed, *config_needs))
@@ -408,7 +418,7 @@ class LayerNormRule(autograd.Rule):
     n_grads = 2  # of y, and of the sum (with residual) or of the statistics (with from_output)
 
     @staticmethod
-    def forward(direct, tensors, config):  # noqa: ANN001, ANN205
+    def forward(direct, tensors, config):
         x, residual, weight, bias, seed = tensors
         if direct:
             return forward_leaf(x, residual, weight, bias, seed, config)
@@ -416,7 +426,7 @@ class LayerNormRule(autograd.Rule):
         return y, None if residual is None else total, stats
 
     @staticmethod
-    def outputs(results, config):  # noqa: ANN001, ANN205
+    def outputs(results, config):
         y, total, stats = results
         if total is not None:
             return y, total
@@ -424,7 +434,7 @@ class LayerNormRule(autograd.Rule):
         return (y, stats) if config.from_output else (y,)
 
     @staticmethod
-    def saved(tensors, results, config):  # noqa: ANN001, ANN205
+    def saved(tensors, results, config):
         x, _, weight, bias, seed = tensors
         y, total, stats = results
         if config.from_output:
@@ -432,14 +442,14 @@ class LayerNormRule(autograd.Rule):
         return x if total is None else total, weight, bias if weight is None else None, stats, seed
 
     @staticmethod
-    def _incoming(grads, saved, c):  # noqa: ANN001, ANN205
+    def _incoming(grads, saved, c):
         """dy (zeros when only the second output was used), dsum, the gradient of the statistics."""
         dy, second = grads
         dy = torch.zeros_like(saved[0]) if dy is None else dy
         return (dy, None, second) if c.from_output else (dy, second, None)
 
     @staticmethod
-    def _through_rstd(dstats, saved, c):  # noqa: ANN001, ANN205
+    def _through_rstd(dstats, saved, c):
         """What a gradient of rstd adds to dx: d rstd / dx = -rstd^2 xhat / C."""
         y, weight, bias, stats, _ = saved
         drstd, rstd = dstats[0], stats[0]
@@ -452,7 +462,7 @@ class LayerNormRule(autograd.Rule):
         return dx.movedim(-1, -3) if c.channels_first else dx
 
     @classmethod
-    def backward(cls, direct, grads, saved, c, needs):  # noqa: ANN001, ANN206
+    def backward(cls, direct, grads, saved, c, needs):
         dy, dsum, dstats = cls._incoming(grads, saved, c)
         h, weight, bias, stats, seed = saved
         wanted = needs[:4]
@@ -466,14 +476,14 @@ class LayerNormRule(autograd.Rule):
         return dx, dresidual, dweight, dbias, None
 
     @staticmethod
-    def backward_common(grads, saved, config, needs):  # noqa: ANN001, ANN205
+    def backward_common(grads, saved, config, needs):
         kernels = cpu_kernels("cpu")
         if kernels is None or not is_quiet():
             return None
         return kernels.layer_norm_backward(grads, saved, config, needs, _get_num_threads())
 
     @classmethod
-    def formula(cls, grads, saved, c, needs):  # noqa: ANN001, ANN206
+    def formula(cls, grads, saved, c, needs):
         dy, dsum, dstats = cls._incoming(grads, saved, c)
         h, weight, bias, stats, seed = saved
         found = gradients(dy, dsum, h, weight, bias, stats if c.from_output else None, seed, c)
@@ -524,12 +534,13 @@ def _check_eps(op: str, eps: object) -> None:
         _fail(op, "eps", "be finite and not negative", eps)
 
 
-def _check_rows(op: str, x: object, normalized_shape: object, weight: object, bias: object, eps: object) -> tuple[int, ...]:
+def _check_rows(op: str, x: Any, normalized_shape: Any, weight: Any, bias: Any, eps: Any) -> tuple[int, ...]:
     """Raises unless the call has a meaning; the normalised shape as a tuple."""
     _check_tensor(op, "x", x)
     if isinstance(normalized_shape, int):
         normalized_shape = (normalized_shape,)
-    if not isinstance(normalized_shape, (tuple, list)) or not all(isinstance(n, (int, torch.SymInt)) for n in normalized_shape):
+    sized = isinstance(normalized_shape, (tuple, list))
+    if not sized or not all(isinstance(n, (int, torch.SymInt)) for n in normalized_shape):
         _fail(op, "normalized_shape", "be an int or a sequence of ints", repr(normalized_shape), TypeError)
     shape = tuple(normalized_shape)
     if not shape or any(n < 1 for n in shape):
@@ -550,7 +561,7 @@ def _float(t: Tensor | None) -> Tensor | None:
     return t if t is None or t.dtype == torch.float64 else t.float()
 
 
-def _run(op: str, x, residual, weight, bias, seed, c: Config):  # noqa: ANN001, ANN202
+def _run(x, residual, weight, bias, seed, c: Config):
     """A valid call by the way that the surroundings allow: (y,) or (y, sum)."""
     if c.backend == "torch" and residual is None and not (c.weight_offset or c.channels_first):
         shape = x.shape[x.dim() - c.dims :]
@@ -575,7 +586,7 @@ def _run(op: str, x, residual, weight, bias, seed, c: Config):  # noqa: ANN001, 
 
 
 
-def _common(x, shape, weight, bias, eps, zero_centred, memory_efficient, backend, rms) -> Tensor | None:  # noqa: ANN001
+def _common(x, shape, weight, bias, eps, zero_centred, memory_efficient, backend, rms) -> Tensor | None:
     """The call that most calls are (plain, valid, dense, on the CPU), or None.
 
     It does what the rest of the way would do. Asking in C++ and entering the Function without torch.func's preamble
@@ -598,11 +609,10 @@ def _common(x, shape, weight, bias, eps, zero_centred, memory_efficient, backend
     return _apply_plain(done, True, c, x, None, weight, bias, None)
 
 
-def _normalise(op: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, keep_dtype: bool, c: Config) -> Tensor:
-    if not (x.is_cpu or keep_dtype) and torch.is_autocast_enabled(x.device.type):
-        # torch's rule: off the CPU, autocast computes and returns normalisations in float32.
+def _normalise(x: Tensor, weight: Tensor | None, bias: Tensor | None, keep_dtype: bool, c: Config) -> Tensor:
+    if autocast_to_float(x, keep_dtype):
         x, weight, bias = (t if t is None or t.dtype == torch.float64 else t.float() for t in (x, weight, bias))
-    return _run(op, x, None, weight, bias, None, c)[0]
+    return _run(x, None, weight, bias, None, c)[0]
 
 
 def layer_norm(
@@ -647,7 +657,7 @@ def layer_norm(
     shape = _check_rows("layer_norm", x, normalized_shape, weight, bias, eps)
     name = choose("layer_norm", x, backend)
     c = Config(len(shape), False, eps, 1.0 if zero_centred else 0.0, 0.0, False, memory_efficient, name)
-    return _normalise("layer_norm", x, weight, bias, keep_dtype, c)
+    return _normalise(x, weight, bias, keep_dtype, c)
 
 
 def rms_norm(
@@ -685,7 +695,7 @@ def rms_norm(
     shape = _check_rows("rms_norm", x, normalized_shape, weight, None, eps)
     name = choose("rms_norm", x, backend)
     c = Config(len(shape), False, eps, 1.0 if zero_centred else 0.0, 0.0, True, memory_efficient, name)
-    return _normalise("rms_norm", x, weight, None, keep_dtype, c)
+    return _normalise(x, weight, None, keep_dtype, c)
 
 
 def add_layer_norm(
@@ -736,14 +746,14 @@ def add_layer_norm(
     if not 0.0 <= p <= 1.0:
         _fail(op, "p", "lie in [0, 1]", p)
     name = choose(op, x, backend)
-    if not (x.is_cpu or keep_dtype) and torch.is_autocast_enabled(x.device.type):
+    if autocast_to_float(x, keep_dtype):
         x, residual, weight, bias = (
             t if t is None or t.dtype == torch.float64 else t.float() for t in (x, residual, weight, bias)
         )
     p = float(p) if training else 0.0
     seed = draw_seed(x.device) if p > 0.0 else None
     c = Config(1, False, eps, 1.0 if zero_centred else 0.0, p, False, False, name)
-    return _run(op, x, residual, weight, bias, seed, c)
+    return _run(x, residual, weight, bias, seed, c)
 
 
 def layer_norm2d(
@@ -785,7 +795,7 @@ def layer_norm2d(
     _check_parameters(op, x, (x.shape[-3],), weight, bias)
     name = choose(op, x, backend)
     c = Config(1, True, eps, 1.0 if zero_centred else 0.0, 0.0, False, memory_efficient, name)
-    return _normalise(op, x, weight, bias, keep_dtype, c)
+    return _normalise(x, weight, bias, keep_dtype, c)
 
 
 # ---- modules ----
@@ -889,7 +899,7 @@ class LayerNorm2d(LayerNorm):
         )  # fmt: skip
 
 
-def _set_options(module: Any, zero_centred: bool, memory_efficient: bool, keep_dtype: bool, backend: str | None) -> None:
+def _set_options(module: Any, zero_centred: bool, memory_efficient: bool, keep_dtype: bool, backend: str | None):
     # Before nn.Module.__init__, which calls reset_parameters; plain values pass its __setattr__ untouched.
     for name, value in (("zero_centred", zero_centred), ("memory_efficient", memory_efficient),
                         ("keep_dtype", keep_dtype), ("backend", backend)):  # fmt: skip

@@ -62,6 +62,12 @@ def backend(request: pytest.FixtureRequest) -> Target:
     return request.param
 
 
+@pytest.fixture(params=[target for target in TARGETS if target.name != "eager"], ids=str)
+def kernels(request: pytest.FixtureRequest) -> Target:
+    """The backends that have kernels, for what eager leaves to the torch operators that it consists of."""
+    return request.param
+
+
 @pytest.fixture(autouse=True)
 def repeatable() -> Iterator[None]:
     """The same random numbers in every run, and no thread count, default dtype or compiled code left behind."""

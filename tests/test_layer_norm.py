@@ -60,6 +60,11 @@ def shaped(variant: dict, rows: int, features: int) -> tuple[int, ...]:
     return (2, features, rows, 3) if variant["op"] == "layer_norm2d" else (rows, features)
 
 
+def sampled(cases: list[Case], backend: Target) -> list[Case]:
+    """All cases; every third one for Triton's interpreter, which takes some 10 ms for a launch."""
+    return cases[::3] if backend.name == "triton" and backend.device == "cpu" else cases
+
+
 def judge_all(name: str, cases: list[Case], backend: Target, *, mean: bool = False) -> None:
     with Oracle(f"{name} on {backend}", mean=mean) as oracle:
         for case in cases:
@@ -71,7 +76,7 @@ def judge_all(name: str, cases: list[Case], backend: Target, *, mean: bool = Fal
 
 def test_forward(backend: Target) -> None:
     """Without gradients: the way that inference takes, which stores no statistics."""
-    with Oracle(f"forward on {backend}", mean=True) as oracle, torch.no_grad():
+    with Oracle(f"forward on {backend}") as oracle, torch.no_grad():
         for variant, dtype, features in itertools.product(VARIANTS, DTYPES, (48, 77, 600)):
             case = Case(shape=shaped(variant, 5, features), dtype=dtype, **variant)
             t = inputs(case, backend.device)
@@ -84,7 +89,7 @@ def test_backward(backend: Target) -> None:
         Case(shape=shaped(variant, 9, features), dtype=dtype, **variant)
         for variant, dtype, features in itertools.product(VARIANTS, DTYPES, (48, 77))
     ]
-    judge_all("backward", cases, backend, mean=True)
+    judge_all("backward", sampled(cases, backend), backend, mean=True)
 
 
 def test_affine(backend: Target) -> None:
@@ -95,7 +100,7 @@ def test_affine(backend: Target) -> None:
             for dtype, param_dtype in ((F32, None), (BF16, None), (BF16, F32), (F16, F32)):
                 case = {**variant, "affine": affine, "dtype": dtype, "param_dtype": param_dtype}
                 cases.append(Case(shape=shaped(variant, 4, 40), **case))
-    judge_all("parameters", cases, backend, mean=True)
+    judge_all("parameters", sampled(cases, backend), backend, mean=True)
 
 
 def test_normalized_shape(backend: Target) -> None:
@@ -115,14 +120,14 @@ def test_edge_features(backend: Target) -> None:
     cases = [Case(shape=shaped(v, 3, C), dtype=d, **v) for v in FUNCTIONS for C in sizes for d in (F32, BF16)]
     sizes = (1, 3, 4, 5, 9, 33)
     cases += [Case(shape=shaped(v, 3, C), dtype=d, **v) for v in FUNCTIONS for C in sizes for d in (F16, F64)]
-    judge_all("edge features", cases, backend, mean=True)
+    judge_all("edge features", sampled(cases, backend), backend, mean=True)
 
 
 def test_edge_rows(backend: Target) -> None:
     """Row counts around what a kernel takes at a time, and many rows of one feature."""
     cases = [Case(shape=shaped(v, R, 20), **v) for v in FUNCTIONS for R in (1, 2, 3, 4, 5, 6, 7, 8, 9, 15, 17, 33, 65)]
     cases += [Case(shape=shaped(v, 700, C), dtype=d, **v) for v in FUNCTIONS for C in (1, 3) for d in (F32, BF16)]
-    judge_all("edge rows", cases, backend, mean=True)
+    judge_all("edge rows", sampled(cases, backend), backend, mean=True)
 
 
 # Just past what a kernel holds at once: 1,024 to 16,384 elements according to kernel and dtype. 4,099 and 16,385 divide
@@ -281,7 +286,8 @@ def test_gradgradcheck(backend: Target, case: Case) -> None:
     def f(*leaves: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return tuple(call(case, dict(zip(names, leaves)), backend.name).values())
 
-    assert gradgradcheck(f, [t[n] for n in names])
+    # By random directions on Triton's interpreter, where one call takes 10 ms.
+    assert gradgradcheck(f, [t[n] for n in names], fast_mode=backend.name == "triton")
 
 
 @pytest.mark.parametrize("variant", FUNCTIONS + VARIANTS[2:3], ids=label)
@@ -424,7 +430,7 @@ def test_images(backend: Target, layout: str) -> None:
     (dx,) = torch.autograd.grad(y.sum(), t["x"])
     memory_format = torch.channels_last if layout == "channels_last" else torch.contiguous_format
     assert y.is_contiguous(memory_format=memory_format)
-    assert dx.is_contiguous(memory_format=memory_format)
+    assert backend.name == "eager" or dx.is_contiguous(memory_format=memory_format)
 
 
 def test_one_image(backend: Target) -> None:
@@ -452,7 +458,7 @@ def test_grid(backend: Target, variant: dict, dtype: torch.dtype) -> None:
     rows = (1, 4, 13, 130)
     sizes = (*range(1, 36), 48, 63, 64, 65, 96, 100, 127, 128, 129, 192, 255, 256, 257, 511, 512, 513, 768, 1000, 1024)
     cases = [Case(shape=shaped(variant, R, C), dtype=dtype, **variant) for C in sizes for R in rows if R * C < 20000]
-    judge_all("grid", cases, backend)
+    judge_all("grid", sampled(cases, backend), backend)
 
 
 @settings(derandomize=True, max_examples=60, deadline=None)

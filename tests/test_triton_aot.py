@@ -173,7 +173,7 @@ def check(kernels: list[dict[str, Any]]) -> None:
 def test_kernels_compile_well(tmp_path: Path, capability: int) -> None:
     pytest.importorskip("triton")
     kernels = compiled(tmp_path, capability, "DTYPE_CASES")
-    assert len(kernels) == 3 * len(DTYPES)
+    assert sum("reduce" not in k["kernel"] for k in kernels) == 2 * len(DTYPES)
     check(kernels)
 
 

@@ -321,9 +321,9 @@ PYOPS_INLINE void backward_rows(const LayerNormBwdParams<T, W>& p, Affine<A> a, 
   if (p.dx == nullptr && p.dresidual == nullptr) return;
   const bool drop = p.seed != nullptr;
   for (int i = 0; i < kRows; ++i) {
-    // dh = rstd g - from_g - from_gx (centred saved)
+    // dh = rstd g - from_g - from_gx xhat; xhat is formed first, because rstd^3 would underflow for large x.
     const A from_g = p.rms ? A{0} : rstd[i] * (reduce_add<A>(sum_g[i]) / p.C);
-    const A from_gx = rstd[i] * scale[i] * scale[i] * (reduce_add<A>(sum_gx[i]) / p.C);
+    const A from_gx = rstd[i] * (scale[i] * reduce_add<A>(sum_gx[i]) / p.C);
     const T* dsum = p.dsum != nullptr ? p.dsum + (r + i) * p.dsum_stride : nullptr;
     T* dx = p.dx != nullptr ? p.dx + (r + i) * p.C : nullptr;
     T* dresidual = p.dresidual != nullptr ? p.dresidual + (r + i) * p.C : nullptr;
@@ -331,7 +331,8 @@ PYOPS_INLINE void backward_rows(const LayerNormBwdParams<T, W>& p, Affine<A> a, 
     for_each_pair<A>(p.C, [&](int64_t c, auto lanes, int) PYOPS_ALWAYS_INLINE {
       const Pair<A> w = load_pair(a.weight + c, Full{}), d = load_pair(dy[i] + c, lanes);
       const Pair<A> x = centred(load_pair(saved[i] + c, lanes), i, c);
-      Pair<A> dh{d.lo * w.lo * rstd[i] - from_g - x.lo * from_gx, d.hi * w.hi * rstd[i] - from_g - x.hi * from_gx};
+      Pair<A> dh{d.lo * w.lo * rstd[i] - from_g - x.lo * scale[i] * from_gx,
+                 d.hi * w.hi * rstd[i] - from_g - x.hi * scale[i] * from_gx};
       if (dsum != nullptr) {
         const Pair<A> s = load_pair(dsum + c, lanes);
         dh = {dh.lo + s.lo, dh.hi + s.hi};

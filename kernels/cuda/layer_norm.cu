@@ -6,17 +6,20 @@
 // and a thread owns some channels of its pixel. Both are a Layout; the kernels do not know which one they run on.
 //   Forward: the row stays in registers. A longer row goes in chunks, once for the statistics and once more, backwards
 //   and mostly from L2, for the output.
-//   Backward: a persistent grid; a thread owns the same columns of every row it visits, so that the sums for dweight
+//   Backward: a persistent grid; a thread owns the same columns of every row it visits, so that its sums for dweight
 //   and dbias stay in registers, and loads the next row while it works on this one. Each block writes one row of
 //   [G, 2, C] partial sums; a second kernel adds them up. Rows too long for that take dx and the sums in two kernels.
-// Traffic per element: forward 1 read, 1 write (longer rows 1 more read); backward 2 reads, 1 write (longer rows 4 or
-// 6, 1); residual, sum, dsum and dresidual once each. About 10 FLOP per element: all of it is bound by memory.
-// Numerics: sums and statistics in acc_t. Variance from deviations about each thread's own mean, merged exactly
-// (Chan, Golub and LeVeque 1983), never E[x^2] - E[x]^2. h is rounded to T before its statistics are taken, so that
-// they are those of the stored `sum`. Fixed order of additions and no atomics: equal bits from run to run on a device.
-// Residual, dropout, RMS and from_output are run-time flags: as uniform branches they cost a few instructions of a
-// memory-bound kernel, while each one as a template parameter would double the number of kernels.
-// Paper: Ba, Kiros and Hinton 2016; Zhang and Sennrich 2019 (RMSNorm).
+// Traffic per element: forward 1 read, 1 write (in chunks 2, 1); backward 2 reads, 1 write (in two kernels 6, 1);
+// residual, sum, dsum and dresidual once each. About 10 FLOP per element: all of it is bound by memory.
+// Numerics: sums and statistics in acc_t. Variance from deviations about each thread's own mean, merged and corrected
+// for the rounding of the mean (Chan, Golub and LeVeque 1983), never E[x^2] - E[x]^2. h is rounded to T before its
+// statistics are taken, so that they are those of the stored `sum`. Fixed order of additions, no atomics: equal bits
+// from run to run on a device.
+// Residual, dropout, RMS and from_output are run-time flags: uniform branches cost a memory-bound kernel little, while
+// each as a template parameter would double the number of kernels.
+// Limits: any C, R, P and row stride, 64-bit offsets. One backward kernel up to C = 16384 (fp32: 12288, fp64: 8192; odd
+// sizes: 4096, fp64 2048; channels first: 768, fp64 512), two beyond.
+// Papers: Ba, Kiros and Hinton 2016; Zhang and Sennrich 2019 (RMSNorm).
 #include "layer_norm.h"
 
 #include <algorithm>
@@ -51,13 +54,13 @@ Tiling row_tiling(int64_t C, int kN, int kVecs, int threads, int max_lanes) {
 // take fewer pixels, but not so few that a memory access becomes shorter than 32 bytes; where `whole` rows must fit, as
 // few as that takes.
 Tiling pixel_tiling(int64_t R, int64_t C, int per_thread, int threads, bool whole, size_t element_bytes) {
-  constexpr int kMaxLanes = 64;
+  constexpr int kMaxLanes = kMaxThreads / 8;
   int lanes = static_cast<int>(std::min<int64_t>(ceil_div(C, per_thread), kMaxLanes));
   int slots = std::max(kWarpSize, threads / lanes / kWarpSize * kWarpSize);
   const int least = std::max<int>(8, 32 / element_bytes);
   while (slots / 2 >= least && ceil_div(R, slots) < 2 * multiprocessor_count()) slots /= 2;
   while (slots * lanes > kMaxThreads) {
-    if (whole || slots > kMaxThreads / kWarpSize) {
+    if (whole || slots > 16) {
       slots /= 2;
     } else {
       lanes = kMaxThreads / slots;
@@ -84,11 +87,11 @@ bool fits_vectors(const LayerNormBwdParams<T, W>& p) {
          aligned(p.dx) && aligned(p.dresidual) && aligned(p.weight) && aligned(p.bias) && aligned(p.workspace);
 }
 
-template <typename T, typename W, int kN, int kVecs, template <typename, int, int, int> class Layout>
+template <typename T, typename W, int kN, int kVecs, template <typename, int, int> class Layout>
 void launch_fwd(const LayerNormFwdParams<T, W>& p, const Tiling& t, stream_t stream) {
   const int64_t blocks = std::min<int64_t>(ceil_div(p.R, t.slots), INT32_MAX);
   launch("layer_norm_fwd_kernel", layer_norm_fwd_kernel<T, W, kN, kVecs, Layout>, dim3(blocks), dim3(t.slots * t.lanes),
-         Layout<acc_t<T>, 1, kN, kVecs>::shared_bytes(t), stream, p, t);
+         Layout<acc_t<T>, kN, kVecs>::shared_bytes(t), stream, p, t);
 }
 
 template <typename T, typename W, int kN, int kVecs>
@@ -105,10 +108,10 @@ int64_t max_partials(int64_t R, int64_t C) {
 }
 
 // Returns the rows of partial sums it writes.
-template <typename T, typename W, int kN, int kVecs, template <typename, int, int, int> class Layout, bool kDx>
+template <typename T, typename W, int kN, int kVecs, template <typename, int, int> class Layout, bool kDx>
 int launch_bwd(const LayerNormBwdParams<T, W>& p, const Tiling& t, stream_t stream) {
   using A = acc_t<T>;
-  using L = Layout<A, 2, kN, kVecs>;
+  using L = Layout<A, kN, kVecs>;
   const int threads = t.slots * t.lanes;
   const int64_t chunks = ceil_div(p.C, t.chunk);
   const int64_t resident = int64_t(multiprocessor_count()) * (BwdPlan<T, kN, kVecs>::kThreads / threads);
@@ -120,11 +123,11 @@ int launch_bwd(const LayerNormBwdParams<T, W>& p, const Tiling& t, stream_t stre
   return static_cast<int>(blocks);
 }
 
-template <typename T, typename W, int kN, int kVecs, template <typename, int, int, int> class Layout>
+template <typename T, typename W, int kN, int kVecs, template <typename, int, int> class Layout>
 void launch_bwd_dx(const LayerNormBwdParams<T, W>& p, const Tiling& t, stream_t stream) {
   const int64_t blocks = std::min<int64_t>(ceil_div(p.R, t.slots), INT32_MAX);
   launch("layer_norm_bwd_dx_kernel", layer_norm_bwd_dx_kernel<T, W, kN, kVecs, Layout>, dim3(blocks),
-         dim3(t.slots * t.lanes), Layout<acc_t<T>, 2, kN, kVecs>::shared_bytes(t), stream, p, t);
+         dim3(t.slots * t.lanes), Layout<acc_t<T>, kN, kVecs>::shared_bytes(t), stream, p, t);
 }
 
 // Half as many columns to a thread where an accumulator takes two registers.
@@ -140,11 +143,12 @@ int bwd_rows(const LayerNormBwdParams<T, W>& p, bool dx, bool sums, stream_t str
     if (p.C <= kMaxThreads * kN * kVecs) {
       return launch_bwd<T, W, kN, kVecs, RowLayout, true>(p, tiling(kVecs, kMaxThreads), stream);
     }
-    constexpr int kMany = (sizeof(T) == 4 ? 48 : 64) / kHalf<T> / kN;  // as far as the registers go
-    if constexpr (kN > 1)
+    if constexpr (kN > 1) {
+      constexpr int kMany = (sizeof(T) == 4 ? 48 : 64) / kHalf<T> / kN;  // as far as the registers go
       if (p.C <= kFewThreads * kN * kMany) {
         return launch_bwd<T, W, kN, kMany, RowLayout, true>(p, tiling(kMany, kFewThreads), stream);
       }
+    }
   }
   constexpr int kHeld = kN == 1 ? kVecs : 4;
   if (dx) launch_bwd_dx<T, W, kN, kHeld, RowLayout>(p, tiling(kHeld, kMaxThreads), stream);

@@ -143,11 +143,11 @@ struct BwdPlan {
 
 // Partial sums of dweight and dbias for the chunk of columns blockIdx.x, over the rows of row block blockIdx.y. With
 // kDx also dx; then the chunk holds the whole row.
-template <typename T, typename W, int kN, int kVecs, template <typename, int, int, int> class Layout, bool kDx>
+template <typename T, typename W, int kN, int kVecs, template <typename, int, int> class Layout, bool kDx>
 __global__ void __launch_bounds__(BwdPlan<T, kN, kVecs>::kThreads, 1)
     layer_norm_bwd_kernel(const __grid_constant__ LayerNormBwdParams<T, W> p, const __grid_constant__ Tiling t) {
   using A = acc_t<T>;
-  using L = Layout<A, 2, kN, kVecs>;
+  using L = Layout<A, kN, kVecs>;
   using Plan = BwdPlan<T, kN, kVecs>;
   L layout(t, p.R, p.C, p.P);
   const int64_t start = int64_t(blockIdx.x) * t.chunk;
@@ -201,11 +201,11 @@ __global__ void __launch_bounds__(BwdPlan<T, kN, kVecs>::kThreads, 1)
 }
 
 // dx alone, for rows of any length.
-template <typename T, typename W, int kN, int kVecs, template <typename, int, int, int> class Layout>
+template <typename T, typename W, int kN, int kVecs, template <typename, int, int> class Layout>
 __global__ void __launch_bounds__(kMaxThreads, 1)
     layer_norm_bwd_dx_kernel(const __grid_constant__ LayerNormBwdParams<T, W> p, const __grid_constant__ Tiling t) {
   using A = acc_t<T>;
-  using L = Layout<A, 2, kN, kVecs>;
+  using L = Layout<A, kN, kVecs>;
   L layout(t, p.R, p.C, p.P);
   for (int64_t first = int64_t(blockIdx.x) * t.slots; first < p.R; first += int64_t(gridDim.x) * t.slots) {
     const int64_t r = first + layout.slot;

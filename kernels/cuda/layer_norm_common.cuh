@@ -20,11 +20,13 @@ struct Tiling {
 // ---------------------------------------------------------------------------------------------------------- layouts
 // Which columns of which row a thread owns: vectors v = 0 .. kVecs - 1 of kN columns, the first at `first` in each
 // chunk. vec_step() is their distance in memory; pointers are moved by it, vector by vector, because the compiler keeps
-// the products v * vec_step() in registers for the whole kernel. sum() adds K values over the threads of a slot; each
-// of them gets the sums, formed in the same order.
+// the products v * vec_step() in registers for the whole kernel. sum() adds up to two values over the threads of a
+// slot; each of them gets the sums, formed in the same order.
+
+constexpr int kMaxSums = 2;
 
 // P == 1: a slot is a power of two of neighbouring threads or whole warps; those of a warp own consecutive columns.
-template <typename A, int K, int kN, int kVecs>
+template <typename A, int kN, int kVecs>
 class RowLayout {
  public:
   static constexpr bool kFused = true;  // there may be residual and dropout
@@ -44,6 +46,7 @@ class RowLayout {
   __device__ __forceinline__ int vec_step() const { return step_; }
 
   // The two halves of the storage alternate, so that one barrier is enough.
+  template <int K>
   __device__ __forceinline__ void sum(A (&v)[K]) {
 #pragma unroll
     for (int distance = kWarpSize / 2; distance > 0; distance /= 2) {
@@ -55,7 +58,7 @@ class RowLayout {
     }
     if (lanes_ <= kWarpSize) return;
     const int warp = threadIdx.x / kWarpSize, thread = threadIdx.x % kWarpSize, warps = lanes_ / kWarpSize;
-    A(&partial)[K][kWarpSize] = shared_storage<Storage>().partial[half_];
+    A(&partial)[kMaxSums][kWarpSize] = shared_storage<Storage>().partial[half_];
     half_ ^= 1;
 #pragma unroll
     for (int i = 0; i < K; ++i) {
@@ -70,7 +73,7 @@ class RowLayout {
 
  private:
   struct Storage {
-    A partial[2][K][kWarpSize];
+    A partial[2][kMaxSums][kWarpSize];
   };
   const int lanes_, step_;
   int half_ = 0;
@@ -78,12 +81,12 @@ class RowLayout {
 
 // P > 1: neighbouring threads take neighbouring rows (pixels), each some consecutive channels of its own; a slot's
 // threads are `slots` apart.
-template <typename A, int K, int kN, int kVecs>
+template <typename A, int kN, int kVecs>
 class PixelLayout {
  public:
   static_assert(kN == 1);
   static constexpr bool kFused = false;
-  static size_t shared_bytes(const Tiling& t) { return sizeof(A) * 2 * K * t.slots * t.lanes; }
+  static size_t shared_bytes(const Tiling& t) { return sizeof(A) * 2 * kMaxSums * t.slots * t.lanes; }
 
   __device__ __forceinline__ PixelLayout(const Tiling& t, int64_t R, int64_t C, int64_t P)
       : slot(threadIdx.x % t.slots),
@@ -102,8 +105,9 @@ class PixelLayout {
   }
   __device__ __forceinline__ int64_t vec_step() const { return P_; }
 
+  template <int K>
   __device__ __forceinline__ void sum(A (&v)[K]) {
-    A* const partial = shared_array<A>() + half_ * K * blockDim.x;  // [K, lanes, slots]
+    A* const partial = shared_array<A>() + half_ * kMaxSums * blockDim.x;  // [K, lanes, slots]
     half_ ^= 1;
 #pragma unroll
     for (int i = 0; i < K; ++i) partial[i * blockDim.x + threadIdx.x] = v[i];
@@ -197,7 +201,7 @@ __device__ __forceinline__ void unpack(const Packed<T, kN>& packed, A (&to)[kN])
   }
 }
 
-// Zeros where there is no such tensor.
+// kN elements of a tensor; zeros where there is no such tensor.
 template <int kN, typename T, typename A>
 __device__ __forceinline__ void load_as(const T* tensor, int64_t offset, A (&to)[kN]) {
   constexpr int kWidth = kPiece<T, kN>;
@@ -212,7 +216,19 @@ __device__ __forceinline__ void load_as(const T* tensor, int64_t offset, A (&to)
   }
 }
 
-// weight_offset + weight, and bias, of kN columns. Without weight the launchers set weight_offset to 1.
+template <typename T, int kN, typename A>
+__device__ __forceinline__ void store_as(T* to, const A (&from)[kN]) {
+  constexpr int kWidth = kPiece<T, kN>;
+#pragma unroll
+  for (int i = 0; i < kN; i += kWidth) {
+    A part[kWidth];
+#pragma unroll
+    for (int j = 0; j < kWidth; ++j) part[j] = from[i + j];
+    store_packed(to + i, pack<T>(part));
+  }
+}
+
+// weight_offset + weight of kN columns. Without weight the launchers set weight_offset to 1.
 template <int kN, typename A>
 __device__ __forceinline__ void load_scale(const auto& p, int64_t c, A (&scale)[kN]) {
   load_as(p.weight, c, scale);
@@ -235,9 +251,9 @@ __device__ __forceinline__ uint32_t kept_by_dropout(const auto& p, int64_t r, in
 #pragma unroll
     for (int i = 0; i < kGroup; ++i) {
       uint32_t bits = random.lane[i];
-      if (kGroup == 1 && column % 2 == 1) bits = random.lane[1];
-      if (kGroup < 4 && column % 4 >= 2)
-        bits = kGroup == 1 && column % 2 == 1 ? random.lane[3] : random.lane[2 + i % 2];
+      if (kGroup == 1 && column % 4 == 1) bits = random.lane[1];
+      if (kGroup < 4 && column % 4 >= 2) bits = random.lane[2 + i % 2];
+      if (kGroup == 1 && column % 4 == 3) bits = random.lane[3];
       kept |= uint32_t((bits >> 8) >= p.drop_threshold) << (at + i);
     }
   }
@@ -252,18 +268,6 @@ template <int kN, typename A>
 __device__ __forceinline__ void apply_dropout(uint32_t kept, A scale, A (&value)[kN]) {
 #pragma unroll
   for (int i = 0; i < kN; ++i) value[i] = kept >> i & 1 ? value[i] * scale : A(0);
-}
-
-template <typename T, int kN, typename A>
-__device__ __forceinline__ void store_as(T* to, const A (&from)[kN]) {
-  constexpr int kWidth = kPiece<T, kN>;
-#pragma unroll
-  for (int i = 0; i < kN; i += kWidth) {
-    A part[kWidth];
-#pragma unroll
-    for (int j = 0; j < kWidth; ++j) part[j] = from[i + j];
-    store_packed(to + i, pack<T>(part));
-  }
 }
 
 }  // namespace pyops

@@ -8,19 +8,32 @@
 
 namespace pyops {
 
-// Count, mean and sum of squared deviations of the elements a thread has seen.
+// Whether the rounding of the mean can show. 16-bit values, and results, are coarser than it.
+template <typename T>
+constexpr bool kCorrected = sizeof(T) > 2;
+
+// Count of some elements, and sums of their deviations from a centre and of the squares of these.
 template <typename A>
 struct Moments {
-  A n = 0, mean = 0, m2 = 0;
+  A n = 0, centre = 0, first = 0, second = 0;
 
-  __device__ __forceinline__ void merge(A n_new, A mean_new, A m2_new) {
+  __device__ __forceinline__ void recentre(A to) {
+    const A shift = centre - to;
+    second += shift * (2 * first + n * shift);
+    first += n * shift;
+    centre = to;
+  }
+
+  __device__ __forceinline__ void add(Moments other) {
     if (n == 0) {
-      n = n_new, mean = mean_new, m2 = m2_new;
-    } else if (n_new > 0) {
-      const A delta = mean_new - mean, part = n_new / (n + n_new);
-      mean += delta * part;
-      m2 += m2_new + delta * delta * n * part;
-      n += n_new;
+      *this = other;
+    } else if (other.n > 0) {
+      const A between = centre + (other.centre - centre) * (other.n / (n + other.n));
+      recentre(between);
+      other.recentre(between);
+      n += other.n;
+      first += other.first;
+      second += other.second;
     }
   }
 };
@@ -60,10 +73,11 @@ __device__ __forceinline__ void load_h(const LayerNormFwdParams<T, W>& p, const 
   }
 }
 
-template <typename T, int kN, int kVecs, typename Layout, typename A>
-__device__ __forceinline__ void add_moments(const Layout& layout, int width, bool rms, const Packed<T, kN> (&h)[kVecs],
-                                            Moments<A>& moments) {
-  A sum = 0, m2 = 0;
+// Of the thread's elements in one chunk, about their mean, or about 0 for RMSNorm.
+template <typename T, int kN, int kVecs, typename Layout, typename A = acc_t<T>>
+__device__ __forceinline__ Moments<A> moments(const Layout& layout, int width, bool rms,
+                                              const Packed<T, kN> (&h)[kVecs]) {
+  A sum = 0;
   int n = 0;
 #pragma unroll
   for (int v = 0; v < kVecs; ++v) {
@@ -73,17 +87,21 @@ __device__ __forceinline__ void add_moments(const Layout& layout, int width, boo
 #pragma unroll
     for (int i = 0; i < kN; ++i) sum += value[i];
   }
-  const A mean = rms || n == 0 ? A(0) : sum / A(n);
+  Moments<A> found{.n = A(n), .centre = rms || n == 0 ? A(0) : sum / A(n)};
 #pragma unroll
   for (int v = 0; v < kVecs; ++v) {
     if (layout.column(v) < width) {
       A value[kN];
       unpack<T, kN>(h[v], value);
 #pragma unroll
-      for (int i = 0; i < kN; ++i) m2 += (value[i] - mean) * (value[i] - mean);
+      for (int i = 0; i < kN; ++i) {
+        const A deviation = value[i] - found.centre;
+        if constexpr (kCorrected<T>) found.first += deviation;
+        found.second += deviation * deviation;
+      }
     }
   }
-  moments.merge(A(n), mean, m2);
+  return found;
 }
 
 // Threads to a block, at most, and blocks to a multiprocessor, at least: few enough for the row to stay in registers.
@@ -94,11 +112,12 @@ struct FwdPlan {
   static constexpr int kBlocks = kRowWords > 16 ? 1 : kRowWords == 16 ? 3 : 2;
 };
 
-template <typename T, typename W, int kN, int kVecs, template <typename, int, int, int> class Layout>
+template <typename T, typename W, int kN, int kVecs, template <typename, int, int> class Layout>
 __global__ void __launch_bounds__(FwdPlan<T, kN, kVecs>::kThreads, FwdPlan<T, kN, kVecs>::kBlocks)
     layer_norm_fwd_kernel(const __grid_constant__ LayerNormFwdParams<T, W> p, const __grid_constant__ Tiling t) {
   using A = acc_t<T>;
-  Layout<A, 1, kN, kVecs> layout(t, p.R, p.C, p.P);
+  using L = Layout<A, kN, kVecs>;
+  L layout(t, p.R, p.C, p.P);
   for (int64_t first = int64_t(blockIdx.x) * t.slots; first < p.R; first += int64_t(gridDim.x) * t.slots) {
     const int64_t r = first + layout.slot;
     const auto width = [&](int64_t start) { return r < p.R ? int(min(p.C - start, int64_t(t.chunk))) : 0; };
@@ -108,23 +127,33 @@ __global__ void __launch_bounds__(FwdPlan<T, kN, kVecs>::kThreads, FwdPlan<T, kN
     Moments<A> own;
     for (int64_t start = 0; start <= t.last; start += t.chunk) {
       load_h<T, W, kN>(p, layout, r, start, width(start), h);
-      add_moments<T, kN>(layout, width(start), p.rms, h, own);
+      own.add(moments<T, kN>(layout, width(start), p.rms, h));
     }
-    A total[1] = {own.n * own.mean};
-    if (!p.rms) layout.sum(total);
-    const A mean = total[0] / A(p.C), shift = own.mean - mean;
-    total[0] = own.m2 + own.n * shift * shift;
-    layout.sum(total);
-    const A rstd = A(1) / std::sqrt(total[0] / A(p.C) + p.eps);
+    A mean = 0, correction = 0;
+    if (!p.rms) {
+      A sum[1] = {own.n * own.centre + own.first};
+      layout.sum(sum);
+      mean = sum[0] / A(p.C);
+      own.recentre(mean);
+    }
+    A sums[2] = {own.second, own.first};
+    layout.sum(sums);
+    A variance = sums[0] / A(p.C);
+    if (kCorrected<T> && !p.rms) {
+      correction = sums[1] / A(p.C);
+      variance -= correction * correction;
+      if (variance < 0) variance = 0;  // NaN stays
+    }
+    const A rstd = A(1) / std::sqrt(variance + p.eps);
     if (layout.lane == 0 && r < p.R) {
-      if (p.mean != nullptr) p.mean[r] = mean;
+      if (p.mean != nullptr) p.mean[r] = mean + correction;
       if (p.rstd != nullptr) p.rstd[r] = rstd;
     }
 
     // Output, from the last chunk, which is still in registers, to the first.
     for (int64_t start = t.last; start >= 0; start -= t.chunk) {
       const T* source = p.x + layout.offset(r, p.x_stride, start);
-      if (Layout<A, 1, kN, kVecs>::kFused && p.residual != nullptr) source = p.sum + layout.offset(r, p.C, start);
+      if (L::kFused && p.residual != nullptr) source = p.sum + layout.offset(r, p.C, start);
       T* y = p.y + layout.offset(r, p.C, start);
 #pragma unroll
       for (int v = 0; v < kVecs; ++v, source += layout.vec_step(), y += layout.vec_step()) {
@@ -135,7 +164,7 @@ __global__ void __launch_bounds__(FwdPlan<T, kN, kVecs>::kThreads, FwdPlan<T, kN
           load_scale(p, start + layout.column(v), scale);
           load_as(p.bias, start + layout.column(v), bias);
 #pragma unroll
-          for (int i = 0; i < kN; ++i) value[i] = (value[i] - mean) * rstd * scale[i] + bias[i];
+          for (int i = 0; i < kN; ++i) value[i] = (value[i] - mean - correction) * rstd * scale[i] + bias[i];
           store_as(y, value);
         }
       }
