@@ -16,8 +16,8 @@ CpuIsa choose() {
   for (CpuIsa level : kLevels) {
     if (std::string(wanted) != cpu_isa_name(level)) continue;
     if (level <= best) return level;
-    throw std::runtime_error("PYOPS_CPU_ISA must not exceed this processor's level " +
-                             std::string(cpu_isa_name(best)) + ", got " + wanted);
+    throw std::runtime_error("PYOPS_CPU_ISA must not exceed this processor's level " + std::string(cpu_isa_name(best)) +
+                             ", got " + wanted);
   }
   throw std::runtime_error("PYOPS_CPU_ISA must be one of baseline, avx2, avx512, avx512_bf16, got " +
                            std::string(wanted));

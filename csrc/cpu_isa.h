@@ -16,18 +16,18 @@ CpuIsa cpu_isa_best();
 
 #if defined(__x86_64__)
 // Calls NAME (a function of every pyops::<isa> namespace) of the level in use.
-#define PYOPS_CPU_DISPATCH(NAME, ...)                                          \
-  do {                                                                         \
-    switch (::pyops::cpu_isa()) {                                              \
-      case ::pyops::CpuIsa::avx512_bf16:                                       \
-        return ::pyops::avx512_bf16::NAME(__VA_ARGS__);                        \
-      case ::pyops::CpuIsa::avx512:                                            \
-        return ::pyops::avx512::NAME(__VA_ARGS__);                             \
-      case ::pyops::CpuIsa::avx2:                                              \
-        return ::pyops::avx2::NAME(__VA_ARGS__);                               \
-      case ::pyops::CpuIsa::baseline:                                          \
-        return ::pyops::baseline::NAME(__VA_ARGS__);                           \
-    }                                                                          \
+#define PYOPS_CPU_DISPATCH(NAME, ...)                   \
+  do {                                                  \
+    switch (::pyops::cpu_isa()) {                       \
+      case ::pyops::CpuIsa::avx512_bf16:                \
+        return ::pyops::avx512_bf16::NAME(__VA_ARGS__); \
+      case ::pyops::CpuIsa::avx512:                     \
+        return ::pyops::avx512::NAME(__VA_ARGS__);      \
+      case ::pyops::CpuIsa::avx2:                       \
+        return ::pyops::avx2::NAME(__VA_ARGS__);        \
+      case ::pyops::CpuIsa::baseline:                   \
+        return ::pyops::baseline::NAME(__VA_ARGS__);    \
+    }                                                   \
   } while (false)
 #else
 #define PYOPS_CPU_DISPATCH(NAME, ...) return ::pyops::baseline::NAME(__VA_ARGS__)

@@ -214,9 +214,8 @@ void layer_norm_bwd(const TensorView& dy, const TensorView& dsum, const TensorVi
         .num_threads = num_threads,
     };
     if (workspace) {
-      require(has_dtype<A>(workspace) && workspace.is_contiguous() &&
-                  workspace.numel() >= workspace_size,
-              kBwd, "workspace must be dense and have layer_norm_bwd_workspace() elements");
+      require(has_dtype<A>(workspace) && workspace.is_contiguous() && workspace.numel() >= workspace_size, kBwd,
+              "workspace must be dense and have layer_norm_bwd_workspace() elements");
     }
     run_bwd(params, saved);
   });
@@ -235,7 +234,8 @@ bool is_common(const TensorView& x, const py::tuple& shape, const TensorView& we
     if (!PyLong_Check(size)) return false;
     const int64_t n = PyLong_AsLongLong(size);
     if (n < 1 || x.size(x.t.ndim - dims + i) != n) return false;
-    if ((weight && (weight.t.ndim != dims || weight.size(i) != n)) || (bias && (bias.t.ndim != dims || bias.size(i) != n))) {
+    if ((weight && (weight.t.ndim != dims || weight.size(i) != n)) ||
+        (bias && (bias.t.ndim != dims || bias.size(i) != n))) {
       return false;
     }
   }

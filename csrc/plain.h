@@ -3,16 +3,18 @@
 #pragma once
 #include <pybind11/pybind11.h>
 
+#include <vector>
+
 #include "tensor_view.h"
 
 namespace pyops {
 
 // Objects of torch that pyops/backend.py hands over on import; never released (they outlive the module).
 struct TorchObjects {
-  PyObject* tensor = nullptr;          // torch.Tensor
-  PyObject* parameter = nullptr;       // torch.nn.Parameter
-  PyObject* is_neg = nullptr;          // torch.Tensor.is_neg
-  PyObject* is_zerotensor = nullptr;   // torch.Tensor._is_zerotensor
+  PyObject* tensor = nullptr;         // torch.Tensor
+  PyObject* parameter = nullptr;      // torch.nn.Parameter
+  PyObject* is_neg = nullptr;         // torch.Tensor.is_neg
+  PyObject* is_zerotensor = nullptr;  // torch.Tensor._is_zerotensor
   PyObject* empty_like = nullptr;
   PyObject* empty = nullptr;
   PyObject* float32 = nullptr;
@@ -63,12 +65,14 @@ inline pybind11::object empty_like(pybind11::handle src) {
 
 // torch.empty(rows, the first `dims` sizes of a CPU tensor), in the type that its statistics have.
 inline pybind11::object empty_statistics(int rows, const TensorView& like, int dims) {
-  pybind11::tuple size(dims + 1);
-  size[0] = pybind11::int_(rows);
-  for (int i = 0; i < dims; ++i) size[i + 1] = pybind11::int_(like.size(i));
+  // torch reads sizes that are given one by one faster than a tuple of them.
   static PyObject* const names = pybind11::make_tuple("dtype").release().ptr();
-  PyObject* args[] = {size.ptr(), has_dtype<double>(like) ? torch_objects.float64 : torch_objects.float32};
-  PyObject* out = PyObject_Vectorcall(torch_objects.empty, args, 1, names);
+  std::vector<pybind11::object> sizes = {pybind11::int_(rows)};
+  for (int i = 0; i < dims; ++i) sizes.push_back(pybind11::int_(like.size(i)));
+  std::vector<PyObject*> args;
+  for (const pybind11::object& size : sizes) args.push_back(size.ptr());
+  args.push_back(has_dtype<double>(like) ? torch_objects.float64 : torch_objects.float32);
+  PyObject* out = PyObject_Vectorcall(torch_objects.empty, args.data(), sizes.size(), names);
   if (out == nullptr) throw pybind11::error_already_set();
   return pybind11::reinterpret_steal<pybind11::object>(out);
 }

@@ -13,7 +13,8 @@
 
 namespace pyops {
 
-// A view borrows: the Python argument keeps the tensor alive for the duration of the call. None gives an undefined view.
+// A view borrows: the Python argument keeps the tensor alive for the duration of the call. None gives an undefined
+// view.
 struct TensorView {
   DLTensor t{};
   bool defined = false;

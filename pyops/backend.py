@@ -130,18 +130,22 @@ def choose(op: str, x: torch.Tensor, name: str | None) -> str:
     """
     if name is None:
         name = _forced
+    if x.is_nested and name in (None, "eager"):
+        _log_fallback(op, "jagged nested tensors")
+        return "torch"
     if name is None:
         if _CPU_IS_FIRST and x.is_cpu:
             return "cpu"
         for candidate in PREFERRED.get(x.device.type, ()):
             if BACKENDS[candidate].unusable(x) is None:
                 return candidate
-        _log_fallback(op, x.device.type)
+        reasons = [f"{n}: {BACKENDS[n].unusable(x)}" for n in PREFERRED.get(x.device.type, ())]
+        _log_fallback(op, f"{x.device.type} tensors", "; ".join(reasons))
         return "torch"
     check_name(op, name)
-    if name == "cpu" and x.is_cpu and _CPU_IS_FIRST:
+    if name == "cpu" and x.is_cpu and _CPU_IS_FIRST and not x.is_nested:
         return "cpu"
-    reason = BACKENDS[name].unusable(x)
+    reason = "it serves strided tensors, not jagged ones" if x.is_nested else BACKENDS[name].unusable(x)
     if reason is not None:
         raise ValueError(f"{op}: backend must be able to serve x, got {name!r}: {reason}")
     return name
@@ -151,13 +155,10 @@ _logged: set[tuple[str, str]] = set()
 
 
 @_constant_when_compiled
-def _log_fallback(op: str, device: str) -> None:
-    if (op, device) in _logged:
-        return
-    _logged.add((op, device))
-    x = torch.empty(0, device=device)
-    reasons = "; ".join(f"{name}: {BACKENDS[name].unusable(x)}" for name in PREFERRED.get(device, ()))
-    logger.warning("%s on %s runs torch's own operator (%s)", op, device, reasons or "no backend serves this device")
+def _log_fallback(op: str, what: str, reasons: str = "no backend serves them") -> None:
+    if (op, what) not in _logged:
+        _logged.add((op, what))
+        logger.warning("%s on %s runs torch's own operator (%s)", op, what, reasons or "no backend serves them")
 
 
 @dataclass(frozen=True)

@@ -508,6 +508,9 @@ def _fail(op: str, argument: str, rule: str, got: object, kind: type[Exception] 
 def _check_tensor(op: str, name: str, t: object, like: Tensor | None = None) -> None:
     if not isinstance(t, Tensor):
         _fail(op, name, "be a torch.Tensor", type(t).__name__, TypeError)
+    jagged = t.is_nested and t.layout == torch.jagged  # torch's own operator serves it
+    if t.layout != torch.strided and not jagged or t.is_nested and not jagged:
+        _fail(op, name, "be a strided tensor", "a nested one" if t.is_nested else t.layout, TypeError)
     if t.dtype not in FLOATING:
         _fail(op, name, "have dtype float64, float32, bfloat16 or float16", t.dtype, TypeError)
     if like is not None and t.device != like.device:
@@ -583,7 +586,6 @@ def _run(x, residual, weight, bias, seed, c: Config):
     if residual is not None:
         return outputs
     return (outputs[0] if c.from_output else outputs,)
-
 
 
 def _common(x, shape, weight, bias, eps, zero_centred, memory_efficient, backend, rms) -> Tensor | None:

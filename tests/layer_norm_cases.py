@@ -49,7 +49,7 @@ class Case:
 
 
 def laid_out(t: Tensor, layout: str) -> Tensor:
-    """The values of t (for "expanded" only those of t[0]) with other strides or another alignment."""
+    """The values of t with other strides or another alignment; rows that share memory take values of the first ones."""
     if layout == "dense" or t.dim() == 0:
         return t.clone()
     if layout == "rows":  # dense features, rows further apart
@@ -66,6 +66,12 @@ def laid_out(t: Tensor, layout: str) -> Tensor:
         return t.new_empty(t.numel() + 1)[1:].view(t.shape).copy_(t)
     if layout == "expanded":
         return t[:1].clone().expand(t.shape)
+    if layout == "overlapping":  # row i starts at element i of one buffer
+        return (
+            t.new_empty(t.shape[0] + t.shape[-1] - 1)
+            .copy_(t.flatten()[: t.shape[0] + t.shape[-1] - 1])
+            .unfold(0, t.shape[-1], 1)
+        )
     if layout == "channels_last":
         return t.contiguous(memory_format=torch.channels_last)
     raise ValueError(layout)
@@ -80,9 +86,8 @@ def inputs(case: Case, device: str) -> dict[str, Tensor]:
         return laid_out(values.to(device, dtype), layout)
 
     param = case.param_dtype or case.dtype
-    flat = "dense" if case.layout in ("rows", "batch_second", "channels_last", "expanded") else case.layout
-    t = {"x": normal(case.shape, case.dtype, case.layout) * 1}
-    t["x"] = laid_out(t["x"] * 2 + 0.5, case.layout)
+    flat = case.layout if case.layout in ("transposed", "step", "offset") else "dense"
+    t = {"x": laid_out(normal(case.shape, case.dtype, "dense") * 2 + 0.5, case.layout)}
     if case.op == "add_layer_norm":
         t["residual"] = normal(case.shape, case.dtype, case.layout)
     if "w" in case.affine:

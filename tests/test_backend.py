@@ -179,7 +179,7 @@ def test_falling_back_to_torch_is_said_once(caplog: pytest.LogCaptureFixture, mo
         pyops.rms_norm(x, 3)
     messages = [record.getMessage() for record in caplog.records if record.name == "pyops"]
     assert len(messages) == 2
-    assert messages[0].startswith("layer_norm on meta runs torch's own operator (")
+    assert messages[0].startswith("layer_norm on meta tensors runs torch's own operator (")
 
 
 def test_nothing_is_said_otherwise(caplog: pytest.LogCaptureFixture) -> None:

@@ -752,6 +752,13 @@ def test_zero_tensor(kernels: Target) -> None:
     assert torch.equal(total, leaf)
 
 
+def test_jagged_tensor() -> None:
+    """torch's nested tensors: where no backend is named, what torch's operator gives."""
+    x = torch.nested.nested_tensor([torch.randn(2, 8), torch.randn(3, 8)], layout=torch.jagged)
+    module = pyops.nn.LayerNorm(8)
+    assert torch.equal(module(x).values(), F.layer_norm(x, (8,), module.weight, module.bias).values())
+
+
 def test_expanded_gradient(kernels: Target) -> None:
     """y.sum() sends a gradient whose strides are all 0."""
     case = Case(shape=(6, 40))

@@ -499,7 +499,7 @@ void layer_norm_bwd_cpu(const LayerNormBwdParams<T, W>& params) {
   return param_grads ? backward<false, true>(params, a) : backward<false, false>(params, a);
 }
 
-#define PYOPS_INSTANTIATE(T, W)                                          \
+#define PYOPS_INSTANTIATE(T, W)                                            \
   template void layer_norm_fwd_cpu<T, W>(const LayerNormFwdParams<T, W>&); \
   template void layer_norm_bwd_cpu<T, W>(const LayerNormBwdParams<T, W>&);
 PYOPS_INSTANTIATE(double, double)

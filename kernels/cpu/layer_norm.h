@@ -4,11 +4,11 @@
 #include "../params/layer_norm.h"
 #include "isa.h"
 
-#define PYOPS_DECLARE(isa)                                        \
-  namespace pyops::isa {                                          \
-  template <typename T, typename W>                               \
+#define PYOPS_DECLARE(isa)                                         \
+  namespace pyops::isa {                                           \
+  template <typename T, typename W>                                \
   void layer_norm_fwd_cpu(const LayerNormFwdParams<T, W>& params); \
-  template <typename T, typename W>                               \
+  template <typename T, typename W>                                \
   void layer_norm_bwd_cpu(const LayerNormBwdParams<T, W>& params); \
   }
 PYOPS_FOR_EACH_ISA(PYOPS_DECLARE)

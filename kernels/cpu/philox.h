@@ -64,7 +64,8 @@ PYOPS_INLINE U32 interleave(U32 a, U32 b, int from) {
 }
 
 // keep[c] = element (r, c) survives dropout ? ~0 : 0, for c in [0, C); keep has room for C rounded up to four vectors.
-inline __attribute__((noinline)) void dropout_row(uint32_t* keep, const int64_t* seed, int64_t r, int64_t C, uint32_t threshold) {
+inline __attribute__((noinline)) void dropout_row(uint32_t* keep, const int64_t* seed, int64_t r, int64_t C,
+                                                  uint32_t threshold) {
   constexpr int L = kLanes<uint32_t>;
   const Philox philox(seed, r);
   for (int64_t c = 0; c < C; c += 4 * L) {

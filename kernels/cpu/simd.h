@@ -185,9 +185,9 @@ PYOPS_INLINE A reduce_add(Vec<A> v) {
 
 // ---- rows in pairs of vectors ----
 //
-// A pair holds 2 L neighbouring columns of a row. Of bf16 its halves are the even and the odd columns: one shift and one
-// mask widen 2 L of them, where keeping the order takes two loads, two extensions and two shifts. Everything that meets
-// such a pair (weight, bias, their gradients, the dropout mask) is brought into the same order, T's order.
+// A pair holds 2 L neighbouring columns of a row. Of bf16 its halves are the even and the odd columns: one shift and
+// one mask widen 2 L of them, where keeping the order takes two loads, two extensions and two shifts. Everything that
+// meets such a pair (weight, bias, their gradients, the dropout mask) is brought into the same order, T's order.
 
 template <typename A>
 struct Pair {
@@ -222,7 +222,8 @@ PYOPS_INLINE void to_columns(V& lo, V& hi) {
   if constexpr (kSplitsEvenOdd<T>) {
     const auto lane = iota<acc_t<T>>();
     const auto source = (lane >> 1) + (lane & 1) * kLanes<acc_t<T>>;
-    const V first = __builtin_shuffle(lo, hi, source), second = __builtin_shuffle(lo, hi, source + kLanes<acc_t<T>> / 2);
+    const V first = __builtin_shuffle(lo, hi, source),
+            second = __builtin_shuffle(lo, hi, source + kLanes<acc_t<T>> / 2);
     lo = first;
     hi = second;
   }
@@ -296,7 +297,7 @@ PYOPS_INLINE Pair<acc_t<T>> rounded_pair(Pair<acc_t<T>> v) {
 
 template <typename A>
 constexpr int64_t padded(int64_t C) {  // columns, up to whole pairs
-  return (C + 2 * kLanes<A> - 1) / (2 * kLanes<A>) * (2 * kLanes<A>);
+  return (C + 2 * kLanes<A> - 1) / (2 * kLanes<A>)*(2 * kLanes<A>);
 }
 
 // Calls f(column, lanes, slot) for every pair of a row; slot 0 or 1 names one of two independent sets of accumulators.

@@ -50,22 +50,32 @@ __device__ __forceinline__ void load_h(const LayerNormFwdParams<T, W>& p, const 
   }
   if constexpr (Layout::kFused) {
     if (p.residual == nullptr) return;
-    constexpr int kMasked = kMaskedVecs<kN, kVecs>;
+    constexpr int kAtOnce = kMaskedVecs<kN, kVecs>;  // loads of residual in flight
     const T* residual = p.residual + layout.offset(r, p.residual_stride, start);
     T* sum = p.sum + layout.offset(r, p.C, start);
+    Packed<T, kN> other[kAtOnce];
     uint32_t kept = 0;
 #pragma unroll
-    for (int v = 0; v < kVecs; ++v, residual += layout.vec_step(), sum += layout.vec_step()) {
-      if (v % kMasked == 0 && p.seed != nullptr) {
-        kept = kept_by_dropout<kN, kMasked>(p, r, start + layout.column(v), layout.vec_step());
+    for (int v = 0; v < kVecs; ++v, sum += layout.vec_step()) {
+      if (v % kAtOnce == 0) {
+#pragma unroll
+        for (int i = 0; i < kAtOnce && v + i < kVecs; ++i, residual += layout.vec_step()) {
+          if (layout.column(v + i) < width) other[i] = load_packed<kN>(residual);
+        }
+        if (p.seed != nullptr) {
+          kept = kept_by_dropout<kN, kAtOnce>(p, r, start + layout.column(v), layout.vec_step());
+        }
       }
       if (layout.column(v) < width) {
-        acc_t<T> value[kN], other[kN];
+        acc_t<T> value[kN], added[kN];
         unpack<T, kN>(h[v], value);
-        load_as(residual, 0, other);
-        if (p.seed != nullptr) apply_dropout(kept >> v % kMasked * kN, p.dropout_scale, value);
+        if (p.seed != nullptr) {
+          apply_dropout(kept >> v % kAtOnce * kN, p.dropout_scale, value);
+          unpack<T, kN>(pack<T>(value), value);  // rounded here too, like the operators apart
+        }
+        unpack<T, kN>(other[v % kAtOnce], added);
 #pragma unroll
-        for (int i = 0; i < kN; ++i) value[i] += other[i];
+        for (int i = 0; i < kN; ++i) value[i] += added[i];
         h[v] = pack<T>(value);
         store_packed(sum, h[v]);
       }
@@ -139,10 +149,9 @@ __global__ void __launch_bounds__(FwdPlan<T, kN, kVecs>::kThreads, FwdPlan<T, kN
     A sums[2] = {own.second, own.first};
     layout.sum(sums);
     A variance = sums[0] / A(p.C);
-    if (kCorrected<T> && !p.rms) {
+    if (kCorrected<T> && !p.rms && variance < INFINITY) {
       correction = sums[1] / A(p.C);
-      variance -= correction * correction;
-      if (variance < 0) variance = 0;  // NaN stays
+      variance = max(variance - correction * correction, A(0));
     }
     const A rstd = A(1) / std::sqrt(variance + p.eps);
     if (layout.lane == 0 && r < p.R) {
