@@ -509,7 +509,7 @@ def _check_tensor(op: str, name: str, t: object, like: Tensor | None = None) -> 
     if not isinstance(t, Tensor):
         _fail(op, name, "be a torch.Tensor", type(t).__name__, TypeError)
     jagged = t.is_nested and t.layout == torch.jagged  # torch's own operator serves it
-    if t.layout != torch.strided and not jagged or t.is_nested and not jagged:
+    if not jagged and (t.is_nested or t.layout != torch.strided):
         _fail(op, name, "be a strided tensor", "a nested one" if t.is_nested else t.layout, TypeError)
     if t.dtype not in FLOATING:
         _fail(op, name, "have dtype float64, float32, bfloat16 or float16", t.dtype, TypeError)

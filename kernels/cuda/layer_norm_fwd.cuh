@@ -8,6 +8,15 @@
 
 namespace pyops {
 
+// Threads to a block, at most, and blocks to a multiprocessor, at least: few enough for the row to stay in registers.
+template <typename T, int kN, int kVecs>
+struct FwdPlan {
+  static constexpr bool kShort = kVecs * kWords<T, kN> <= 16;
+  static constexpr int kThreads = kShort ? 320 : kMaxThreads;
+  static constexpr int kBlocks = kShort ? 2 : 1;
+  static constexpr int kAtOnce = kShort ? kVecs : 2;  // vectors of `residual` in flight
+};
+
 // Whether the rounding of the mean can show. 16-bit values, and results, are coarser than it.
 template <typename T>
 constexpr bool kCorrected = sizeof(T) > 2;
@@ -50,7 +59,7 @@ __device__ __forceinline__ void load_h(const LayerNormFwdParams<T, W>& p, const 
   }
   if constexpr (Layout::kFused) {
     if (p.residual == nullptr) return;
-    constexpr int kAtOnce = kMaskedVecs<kN, kVecs>;  // loads of residual in flight
+    constexpr int kAtOnce = FwdPlan<T, kN, kVecs>::kAtOnce;
     const T* residual = p.residual + layout.offset(r, p.residual_stride, start);
     T* sum = p.sum + layout.offset(r, p.C, start);
     Packed<T, kN> other[kAtOnce];
@@ -58,12 +67,12 @@ __device__ __forceinline__ void load_h(const LayerNormFwdParams<T, W>& p, const 
 #pragma unroll
     for (int v = 0; v < kVecs; ++v, sum += layout.vec_step()) {
       if (v % kAtOnce == 0) {
-#pragma unroll
-        for (int i = 0; i < kAtOnce && v + i < kVecs; ++i, residual += layout.vec_step()) {
-          if (layout.column(v + i) < width) other[i] = load_packed<kN>(residual);
-        }
         if (p.seed != nullptr) {
           kept = kept_by_dropout<kN, kAtOnce>(p, r, start + layout.column(v), layout.vec_step());
+        }
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i, residual += layout.vec_step()) {
+          if (layout.column(v + i) < width) other[i] = load_packed<kN>(residual);
         }
       }
       if (layout.column(v) < width) {
@@ -113,14 +122,6 @@ __device__ __forceinline__ Moments<A> moments(const Layout& layout, int width, b
   }
   return found;
 }
-
-// Threads to a block, at most, and blocks to a multiprocessor, at least: few enough for the row to stay in registers.
-template <typename T, int kN, int kVecs>
-struct FwdPlan {
-  static constexpr int kRowWords = kVecs * kWords<T, kN>;
-  static constexpr int kThreads = kRowWords == 16 ? kFewThreads : kMaxThreads;
-  static constexpr int kBlocks = kRowWords > 16 ? 1 : kRowWords == 16 ? 3 : 2;
-};
 
 template <typename T, typename W, int kN, int kVecs, template <typename, int, int> class Layout>
 __global__ void __launch_bounds__(FwdPlan<T, kN, kVecs>::kThreads, FwdPlan<T, kN, kVecs>::kBlocks)
