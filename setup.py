@@ -151,7 +151,10 @@ class NinjaBuild(build_ext):
         subprocess.run([Path(BIN_DIR, "ninja"), "-C", build_dir, "-j", jobs, "--quiet"], check=True)
         output = Path(self.get_ext_fullpath(ext.name))
         output.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(library, output)
+        # Renamed into place: a process that runs the old library keeps it.
+        fresh = output.with_suffix(".new")
+        shutil.copy2(library, fresh)
+        fresh.replace(output)
 
 
 class CompleteSdist(sdist):

@@ -131,9 +131,10 @@ __attribute__((noinline)) A add_row(const T* x, const T* residual, const uint32_
 }
 
 template <bool kAffine, typename T, typename A = acc_t<T>>
-PYOPS_INLINE void normalise_row(const T* h, T* y, const Statistics<A>& s, Affine<A> a, int64_t C) {
+PYOPS_INLINE void normalise_row(const T* h, T* y, const Statistics<A>& s, Affine<A> a, int64_t C, const T* next) {
   const A shift = -s.correction * s.rstd;
   for_each_pair<A>(C, [&](int64_t c, auto lanes, int) PYOPS_ALWAYS_INLINE {
+    prefetch_pair(next + c);
     Pair<A> v = load_pair(h + c, lanes);
     v = {(v.lo - s.mean) * s.rstd + shift, (v.hi - s.mean) * s.rstd + shift};
     if constexpr (kAffine) {
@@ -159,7 +160,7 @@ void forward_rows(const LayerNormFwdParams<T, W>& p, Affine<A> a, Range range) {
       sum = row_sum(h, p.C);
     }
     const Statistics<A> s = statistics(h, sum, p.C, p.eps, p.rms);
-    normalise_row<kAffine>(h, p.y + r * p.C, s, a, p.C);
+    normalise_row<kAffine>(h, p.y + r * p.C, s, a, p.C, p.x + (r + 1) * p.x_stride);
     if (p.mean != nullptr) p.mean[r] = s.mean + s.correction;
     if (p.rstd != nullptr) p.rstd[r] = s.rstd;
   }

@@ -247,6 +247,14 @@ PYOPS_INLINE Pair<acc_t<T>> load_pair(const T* p, Partial lanes) {
   return load_pair(columns, Full{});
 }
 
+// Asks for the pair at p, which may lie behind the end: a prefetch never faults. The hardware's own prefetchers stop at
+// the end of a page, which is often the end of a row.
+template <typename T>
+PYOPS_INLINE void prefetch_pair(const T* p) {
+  constexpr int bytes = 2 * kLanes<acc_t<T>> * static_cast<int>(sizeof(T));
+  for (int at = 0; at < bytes; at += 64) __builtin_prefetch(reinterpret_cast<const char*>(p) + at);
+}
+
 // Rounds to bf16 and leaves the result in the upper half of each lane.
 PYOPS_INLINE U32 round_to_upper(Vec<float> v) {
   const U32 bits = bit_cast<U32>(v);

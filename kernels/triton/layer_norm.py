@@ -34,7 +34,7 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 _SMALL_TILE = 2048  # elements of a tile of short rows
 _LOOPED_TILE = 2048
-# Elements of the longest tile that a program keeps in registers: the largest without spills on any architecture.
+# Elements of the longest tile that a program keeps in registers: the longest without spills (tests/test_triton_aot.py).
 _FWD_REGISTERS = 16384
 _BWD_REGISTERS = 8192
 
@@ -403,7 +403,6 @@ class _Tiling(NamedTuple):
     BLOCK_C: int
     LOOPED: bool
     num_warps: int
-    maxnreg: int | None
 
 
 def _tiling(rows, C, P, dtype, registers, heavy=False):
@@ -437,9 +436,7 @@ def _tiling(rows, C, P, dtype, registers, heavy=False):
         ROWS = min(max(65536 // BLOCK_C, ROWS), most_rows)
     elements_per_warp = (256 if LOOPED or dtype == torch.float64 else 512) // (2 if heavy else 1)
     num_warps = min(max(ROWS * BLOCK_C // elements_per_warp, 1), most_warps)
-    # In fp64 the assembler would rather spill a few bytes than hold fewer programs at once.
-    maxnreg = min(2048 // num_warps, 255) if dtype == torch.float64 else None
-    return _Tiling(ROWS, BLOCK_C, LOOPED, num_warps, maxnreg)
+    return _Tiling(ROWS, BLOCK_C, LOOPED, num_warps)
 
 
 def _images(x, C, P):
