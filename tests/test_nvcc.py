@@ -26,7 +26,11 @@ FLAGS = ["-std=c++20", "-O3"]  # as in setup.py
 LOST_EFFECT = re.compile(r"C7508|C7510|C7511|C7515")
 
 # (source, architecture, part of the complaint): why it stands.
-ACCEPTED: dict[tuple[str, str, str], str] = {}
+_WIDE_ROWS = "the widest 16-bit rows in registers; these architectures are not among the default ones and are not tuned"
+ACCEPTED: dict[tuple[str, str, str], str] = {
+    ("layer_norm.cu", "100", "layer_norm_fwd_kernel"): _WIDE_ROWS,
+    ("layer_norm.cu", "120", "layer_norm_fwd_kernel"): _WIDE_ROWS,
+}
 
 
 def find_nvcc() -> str | None:
@@ -139,14 +143,18 @@ __global__ void hold(float* p) {
 """
 INDEXED = """
 __global__ void pick(float* p, int k) {
-  float v[8];
-  for (int i = 0; i < 8; ++i) v[i] = p[i];
-  v[k & 7] = 0;
-  for (int i = 0; i < 8; ++i) p[i] = v[(i + k) & 7];
+  float v[64];
+  for (int i = 0; i < 64; ++i) v[i] = p[i];
+  v[k & 63] = 0;
+  for (int i = 0; i < 64; ++i) p[i] = v[(i + k) & 63];
 }
 """
 SPLIT = """
-__global__ void copy(ushort2* to, const ushort2* from) { to[threadIdx.x] = from[threadIdx.x]; }
+__global__ void add(ushort2* to, const ushort2* from) {
+  ushort2 v = from[threadIdx.x];
+  v.x += 1;
+  to[threadIdx.x] = v;
+}
 """
 CLEAN = "__global__ void twice(float* p) { p[threadIdx.x] *= 2; }\n"
 
