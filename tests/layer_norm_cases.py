@@ -132,7 +132,7 @@ def apply(case: Case, t: dict[str, Tensor], backend: str | None) -> dict[str, Te
     options["memory_efficient"] = case.memory_efficient
     if case.op == "layer_norm2d":
         return {"y": pyops.layer_norm2d(x, weight, bias, case.eps, **options)}
-    shape = x.shape[x.dim() - case.dims :]
+    shape = tuple(x.shape[x.dim() - case.dims :])
     if case.op == "rms_norm":
         return {"y": pyops.rms_norm(x, shape, weight, case.eps, **options)}
     return {"y": pyops.layer_norm(x, shape, weight, bias, case.eps, **options)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import logging
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from torch.autograd import forward_ad
 
 import pyops
 from pyops import backend
-from pyops.backend import BACKENDS, Backend
+from pyops.backend import BACKENDS, FLOATING, Backend
 
 ROOT = Path(__file__).parents[1]
 OPERATIONS = ("layer_norm", "rms_norm", "add_layer_norm", "layer_norm2d")
@@ -248,6 +249,46 @@ def test_plain_calls_avoid_the_dispatcher() -> None:
         assert operators_of(lambda case=case, t=t: ours(case, t, "cpu")) == []
         with torch.no_grad():
             assert operators_of(lambda case=case, t=t: call(case, t, "cpu")) == []
+
+
+@pytest.mark.parametrize("op", ["layer_norm", "rms_norm"])
+@pytest.mark.parametrize("options", [{}, {"zero_centred": True}, {"memory_efficient": True}], ids=str)
+def test_both_ways_give_the_same_bits(op: str, options: dict[str, Any]) -> None:
+    """A normalized_shape that is a tuple may go all the way in C++; a list never does."""
+    for shape, dtype, affine in itertools.product([(9, 33), (3, 4, 40), (0, 5)], FLOATING, ["wb", "w", "b", ""]):
+        if op == "rms_norm" and "b" in affine:
+            continue
+        t = inputs(Case(op=op, shape=shape, dtype=dtype, affine=affine, **options), "cpu")
+        parameters = [t.get("weight")] if op == "rms_norm" else [t.get("weight"), t.get("bias")]
+        results = []
+        for features in (shape[-1:], list(shape[-1:])):
+            y = getattr(pyops, op)(t["x"], features, *parameters, 1e-5, backend="cpu", **options)
+            leaves = [t["x"], *(p for p in parameters if p is not None)]
+            results.append((y, *torch.autograd.grad(y, leaves, t["dy"])))
+            with torch.no_grad():
+                results[-1] += (getattr(pyops, op)(t["x"], features, *parameters, 1e-5, backend="cpu", **options),)
+        for direct, other in zip(*results):
+            assert torch.equal(direct, other), (shape, dtype, affine)
+
+
+def test_unused_sum_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A gradient that autograd does not send stays None down to the kernels: no zeros are made and read."""
+    seen = []
+    kernels = BACKENDS["cpu"].load("layer_norm")
+
+    class Watching(Recorder):
+        def layer_norm_bwd(self, dy: Tensor, dsum: Tensor | None, *rest: Any) -> None:
+            seen.append(dsum)
+            kernels.layer_norm_bwd(dy, dsum, *rest)
+
+    watching = Watching()
+    monkeypatch.setitem(BACKENDS, "watching", Backend("watching", lambda _: watching, lambda _: None))
+    x = torch.randn(4, 9, requires_grad=True)
+    y, total = pyops.add_layer_norm(x, x, backend="watching")
+    y.sum().backward(retain_graph=True)
+    assert seen == [None]
+    (y.sum() + total.sum()).backward()
+    assert isinstance(seen[1], Tensor)
 
 
 def test_is_plain() -> None:

@@ -27,7 +27,7 @@ from oracle import Oracle
 from torch.autograd import gradcheck, gradgradcheck
 
 import pyops
-from pyops.philox import keep_mask, philox
+from pyops.philox import draw_seed, keep_mask, philox
 
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 DTYPES = (F32, BF16, F16, F64)
@@ -366,6 +366,21 @@ def test_equal_seeds_drop_the_same_elements(backend: Target, shape: tuple[int, .
     assert torch.equal(total != 0, keep)
     (dx,) = torch.autograd.grad(total, t["x"], torch.ones_like(total))
     assert torch.equal(dx != 0, keep)
+
+
+def test_dropout_at_the_boundary(backend: Target) -> None:
+    """An element is kept when the upper 24 bits of its lane are at least p * 2^24: exactly then, on every backend."""
+    R, C = 3, 10
+    torch.manual_seed(SEED)
+    seed = draw_seed(torch.device(backend.device))
+    lanes = philox(seed.cpu(), torch.arange(3)[None, :], torch.arange(R)[:, None])
+    bits = (torch.stack(lanes, -1) >> 8).flatten(1)[:, :C]
+    ones, zeros = torch.ones(R, C, device=backend.device), torch.zeros(R, C, device=backend.device)
+    for threshold in bits[bits % 2 == 1][:3].tolist():  # odd: the last bit counts
+        for step in (0, 1):
+            torch.manual_seed(SEED)
+            _, total = pyops.add_layer_norm(ones, zeros, p=(threshold + step) / 2**24, backend=backend.name)
+            assert torch.equal(total.cpu() != 0, bits >= threshold + step)
 
 
 def test_dropout_is_random(backend: Target) -> None:
