@@ -25,6 +25,7 @@ PYBIND11_MODULE(PYOPS_MODULE_NAME, m) {
         .empty = keep(torch.attr("empty")),
         .float32 = keep(torch.attr("float32")),
         .float64 = keep(torch.attr("float64")),
+        .cpu = keep(torch.attr("device")("cpu")),
     };
   });
   pyops::bind_layer_norm(m);

@@ -14,7 +14,10 @@
 #endif
 #endif
 
+#include <algorithm>
 #include <cmath>
+#include <memory>
+#include <optional>
 
 namespace py = pybind11;
 
@@ -62,33 +65,40 @@ void without_gil(int64_t numel, F&& f) {
   f();
 }
 
+#ifndef PYOPS_SIMT
 template <typename T, typename W>
-void run_fwd(const LayerNormFwdParams<T, W>& params, [[maybe_unused]] const TensorView& x) {
-#ifdef PYOPS_SIMT
-  layer_norm_fwd_cuda(params, nullptr);
-#else
-#ifdef PYOPS_WITH_CUDA
-  if (x.is_cuda()) {
-    DeviceGuard guard(x.t.device.device_id);
-    return layer_norm_fwd_cuda(params, current_stream(x));
-  }
-#endif
-  without_gil(params.R * params.C, [&] { PYOPS_CPU_DISPATCH(layer_norm_fwd_cpu, params); });
-#endif
+void run_cpu(const LayerNormFwdParams<T, W>& params) {
+  PYOPS_CPU_DISPATCH(layer_norm_fwd_cpu, params);
 }
-
 template <typename T, typename W>
-void run_bwd(const LayerNormBwdParams<T, W>& params, [[maybe_unused]] const TensorView& x) {
+void run_cpu(const LayerNormBwdParams<T, W>& params) {
+  PYOPS_CPU_DISPATCH(layer_norm_bwd_cpu, params);
+}
+#endif
+#if defined(PYOPS_SIMT) || defined(PYOPS_WITH_CUDA)
+template <typename T, typename W>
+void run_cuda(const LayerNormFwdParams<T, W>& params, void* stream) {
+  layer_norm_fwd_cuda(params, stream);
+}
+template <typename T, typename W>
+void run_cuda(const LayerNormBwdParams<T, W>& params, void* stream) {
+  layer_norm_bwd_cuda(params, stream);
+}
+#endif
+
+// Launches the kernel where x lives.
+template <typename Params>
+void run(const Params& params, [[maybe_unused]] const TensorView& x) {
 #ifdef PYOPS_SIMT
-  layer_norm_bwd_cuda(params, nullptr);
+  run_cuda(params, nullptr);
 #else
 #ifdef PYOPS_WITH_CUDA
   if (x.is_cuda()) {
     DeviceGuard guard(x.t.device.device_id);
-    return layer_norm_bwd_cuda(params, current_stream(x));
+    return run_cuda(params, current_stream(x));
   }
 #endif
-  without_gil(params.R * params.C, [&] { PYOPS_CPU_DISPATCH(layer_norm_bwd_cpu, params); });
+  without_gil(params.R * params.C, [&] { run_cpu(params); });
 #endif
 }
 
@@ -113,7 +123,8 @@ void layer_norm_fwd(const TensorView& x, const TensorView& residual, const Tenso
                     int num_threads) {
   check_device(x, kFwd);
   const int64_t R = row_count(x, C, P, kFwd);
-  require(y && bool(residual) == bool(sum) && bool(seed) == (p > 0), kFwd, "an output or the seed is missing");
+  require((y || rstd) && bool(residual) == bool(sum) && bool(seed) == (p > 0), kFwd,
+          "an output or the seed is missing");
   require(P == 1 || R == 0 || !residual, kFwd, "channels-first input takes no residual");
   require(!seed || residual, kFwd, "dropout needs a residual");
   dispatch_dtypes(kFwd, x, weight ? weight : bias, [&](auto t, auto w) {
@@ -145,7 +156,7 @@ void layer_norm_fwd(const TensorView& x, const TensorView& residual, const Tenso
         .rms = rms,
         .num_threads = num_threads,
     };
-    if (R > 0) run_fwd(params, x);
+    if (R > 0) run(params, x);
   });
 }
 
@@ -217,35 +228,119 @@ void layer_norm_bwd(const TensorView& dy, const TensorView& dsum, const TensorVi
       require(has_dtype<A>(workspace) && workspace.is_contiguous() && workspace.numel() >= workspace_size, kBwd,
               "workspace must be dense and have layer_norm_bwd_workspace() elements");
     }
-    run_bwd(params, saved);
+    run(params, saved);
   });
 }
 
-// Whether the call is the plain and valid one that most calls are: dense CPU tensors, x ending in `shape`, parameters
-// of that shape and of its dtype (or float32 beside 16 bits). A "no" says nothing: Python then asks in full.
-bool is_common(const TensorView& x, const py::tuple& shape, const TensorView& weight, const TensorView& bias) {
-  const int dims = static_cast<int>(shape.size());
-  const auto known = [](const TensorView& v) {
-    return has_dtype<float>(v) || has_dtype<double>(v) || has_dtype<bf16>(v) || has_dtype<f16>(v);
-  };
-  if (!x || !x.is_cpu() || !known(x) || dims == 0 || x.t.ndim < dims || !x.is_contiguous()) return false;
+// ---- the common call: plain, valid, dense, on the CPU. Checked, allocated and run in one step. ----
+
+// pyops/layer_norm.py, Config: (int, bool, float, float, float, bool, bool, backend), read without type questions.
+struct Config {
+  explicit Config(const py::tuple& c)
+      : dims(static_cast<int>(PyLong_AsLong(at(c, 0)))),
+        channels_first(at(c, 1) == Py_True),
+        eps(PyFloat_AS_DOUBLE(at(c, 2))),
+        weight_offset(PyFloat_AS_DOUBLE(at(c, 3))),
+        p(PyFloat_AS_DOUBLE(at(c, 4))),
+        rms(at(c, 5) == Py_True),
+        from_output(at(c, 6) == Py_True) {}
+  static PyObject* at(const py::tuple& c, int i) { return PyTuple_GET_ITEM(c.ptr(), i); }
+  int dims;
+  bool channels_first;
+  double eps, weight_offset, p;
+  bool rms, from_output;
+};
+
+// The layout of a dense tensor: C features, P pixels per image (1 for rows).
+struct Layout {
+  int64_t C = 1, P = 1;
+  bool channels_last = false;
+};
+
+bool is_channels_last(const TensorView& v) {
+  if (v.t.ndim != 4) return false;
+  int64_t expected = 1;
+  for (int i : {1, 3, 2, 0}) {
+    if (v.size(i) != 1 && v.stride(i) != expected) return false;
+    expected *= v.size(i);
+  }
+  return true;
+}
+
+// False for a tensor that is not dense, or has too few dimensions (a hook may unpack anything in backward).
+bool find_layout(const TensorView& x, const Config& c, Layout& layout) {
+  if (x.t.ndim < (c.channels_first ? 3 : c.dims)) return false;
+  const bool contiguous = x.is_contiguous();
+  layout.channels_last = c.channels_first && !contiguous && is_channels_last(x);
+  if (!contiguous && !layout.channels_last) return false;
+  if (c.channels_first) {
+    layout.C = x.size(x.t.ndim - 3);
+    if (!layout.channels_last) layout.P = x.size(x.t.ndim - 2) * x.size(x.t.ndim - 1);
+  } else {
+    for (int i = 1; i <= c.dims; ++i) layout.C *= x.size(x.t.ndim - i);
+  }
+  return true;
+}
+
+bool has_layout(const TensorView& v, const Layout& layout) {
+  return layout.channels_last ? is_channels_last(v) : v.is_contiguous();
+}
+
+// The memory of a dense tensor as one dimension: what the leaves check against R and C.
+class Flat {
+ public:
+  explicit Flat(const TensorView& v) : view_(v), size_(v.numel()) {
+    view_.t.ndim = 1;
+    view_.t.shape = &size_;
+    view_.t.strides = &one_;
+  }
+  Flat(const Flat&) = delete;
+  Flat& operator=(const Flat&) = delete;
+  operator const TensorView&() const { return view_; }
+
+ private:
+  TensorView view_;
+  int64_t size_, one_ = 1;
+};
+
+bool same_dtype(const TensorView& a, const TensorView& b) {
+  return a.t.dtype.code == b.t.dtype.code && a.t.dtype.bits == b.t.dtype.bits;
+}
+
+bool same_shape(const TensorView& a, const TensorView& b) {
+  return a.t.ndim == b.t.ndim && std::equal(a.t.shape, a.t.shape + a.t.ndim, b.t.shape);
+}
+
+// Whether the arguments have the meaning that pyops/layer_norm.py demands: x ends in `shape` (None: anything),
+// parameters of that shape, of x's dtype or float32 beside 16 bits. A "no" says nothing: Python then asks in full.
+bool is_common(const TensorView& x, const TensorView& residual, py::handle shape, const TensorView& weight,
+               const TensorView& bias, const Config& c) {
+  const int dims = shape.is_none() ? 1 : static_cast<int>(PyTuple_GET_SIZE(shape.ptr())), rank = x.t.ndim;
+  const bool known = has_dtype<float>(x) || has_dtype<double>(x) || has_dtype<bf16>(x) || has_dtype<f16>(x);
+  if (!x || !known || dims != c.dims || dims == 0) return false;
+  if (c.channels_first ? rank != 3 && rank != 4 : rank < dims) return false;
+  if (!(c.eps >= 0 && std::isfinite(c.eps) && c.p >= 0 && c.p <= 1)) return false;
   for (int i = 0; i < dims; ++i) {
-    PyObject* size = PyTuple_GET_ITEM(shape.ptr(), i);
-    if (!PyLong_Check(size)) return false;
-    const int64_t n = PyLong_AsLongLong(size);
-    if (n < 1 || x.size(x.t.ndim - dims + i) != n) return false;
+    const int64_t n = x.size(c.channels_first ? rank - 3 : rank - dims + i);
+    if (n < 1) return false;
+    if (!shape.is_none()) {
+      PyObject* size = PyTuple_GET_ITEM(shape.ptr(), i);
+      if (!PyLong_Check(size)) return false;
+      if (PyLong_AsLongLong(size) != n) {
+        PyErr_Clear();  // a size that int64 does not hold
+        return false;
+      }
+    }
     if ((weight && (weight.t.ndim != dims || weight.size(i) != n)) ||
         (bias && (bias.t.ndim != dims || bias.size(i) != n))) {
       return false;
     }
   }
-  const auto same = [](const TensorView& a, const TensorView& b) {
-    return a.t.dtype.code == b.t.dtype.code && a.t.dtype.bits == b.t.dtype.bits;
-  };
   const auto fits = [&](const TensorView& v) {
-    return v.is_cpu() && v.is_contiguous() && (same(v, x) || (has_dtype<float>(v) && x.t.dtype.bits == 16));
+    return v.is_contiguous() && (same_dtype(v, x) || (has_dtype<float>(v) && x.t.dtype.bits == 16));
   };
-  return (!weight || fits(weight)) && (!bias || fits(bias)) && (!weight || !bias || same(weight, bias));
+  if (residual && !(same_dtype(residual, x) && same_shape(residual, x))) return false;
+  return (!weight || fits(weight)) && (!bias || fits(bias)) && (!weight || !bias || same_dtype(weight, bias));
 }
 
 // Row i of the statistics.
@@ -258,61 +353,112 @@ TensorView stats_row(const TensorView& stats, int i) {
   return row;
 }
 
-// (y, None, stats) for a common call, None for any other: allocation and forward in one step. stats holds the rows mean
-// and rstd (rstd alone for RMSNorm and with from_output); it is None when no argument wants a gradient.
-py::object layer_norm_forward(py::handle x, const py::tuple& shape, py::handle weight, py::handle bias, double eps,
-                              double weight_offset, bool rms, bool from_output, bool grad_enabled, int num_threads) {
-  TensorView xv, wv, bv;
-  if (!(view_plain(x.ptr(), xv) && view_plain(weight.ptr(), wv) && view_plain(bias.ptr(), bv) &&
-        is_common(xv, shape, wv, bv) && eps >= 0 && std::isfinite(eps))) {
+// Statistics of fewer elements than this are cheaper computed again than kept in a tensor.
+constexpr int64_t kSaveStatisticsFrom = 1 << 14;
+
+// Statistics that are needed for one call only, as rows of a tensor would be.
+class Statistics {
+ public:
+  Statistics(const TensorView& x, int64_t R) : memory_(new char[2 * R * sizeof(double)]), R_(R) {
+    mean = {.t = x.t, .defined = true};
+    mean.t.data = memory_.get();
+    mean.t.byte_offset = 0;
+    mean.t.dtype = has_dtype<double>(x) ? dl_dtype<double>() : dl_dtype<float>();
+    mean.t.ndim = 1;
+    mean.t.shape = &R_;
+    mean.t.strides = &one_;
+    rstd = mean;
+    rstd.t.byte_offset = R * sizeof(double);
+  }
+  Statistics(const Statistics&) = delete;
+  Statistics& operator=(const Statistics&) = delete;
+  TensorView mean, rstd;
+
+ private:
+  std::unique_ptr<char[]> memory_;
+  int64_t R_, one_ = 1;
+};
+
+// A common call, or None for any other. The result is y, or (y, sum) with a residual; and when an argument wants a
+// gradient (y, sum, stats, seed), where sum is None without residual, seed without dropout, and stats holds the rows
+// mean and rstd (rstd alone for RMSNorm and with from_output), or is None where layer_norm_backward computes them
+// again. shape is a tuple or None; draw_seed(device) is called when nothing can fail any more.
+py::object layer_norm_forward(py::handle x, py::handle residual, py::handle shape, py::handle weight, py::handle bias,
+                              const py::tuple& config, py::handle draw_seed, bool grad_enabled, int num_threads) {
+  TensorView xv, rv, wv, bv;
+  Layout layout;
+  const Config c(config);
+  if (!(view_plain(x.ptr(), xv) && view_plain(residual.ptr(), rv) && view_plain(weight.ptr(), wv) &&
+        view_plain(bias.ptr(), bv) && is_common(xv, rv, shape, wv, bv, c) && find_layout(xv, c, layout) &&
+        (!rv || rv.is_contiguous()))) {
     return py::none();
   }
-  int64_t C = 1;
-  for (int i = 1; i <= static_cast<int>(shape.size()); ++i) C *= xv.size(xv.t.ndim - i);
-  const bool statistics = grad_enabled && (requires_grad(x) || requires_grad(weight) || requires_grad(bias));
-  py::object y = empty_like(x), stats = py::none();
+  const bool grad =
+      grad_enabled && (requires_grad(x) || requires_grad(residual) || requires_grad(weight) || requires_grad(bias));
+  py::object y = empty_like(x), sum = py::none(), stats = py::none(), seed = py::none();
+  if (rv) sum = empty_like(x);
+  if (c.p > 0) seed = draw_seed(x.attr("device"));
   TensorView mean, rstd;
-  if (statistics) {
-    const bool alone = rms || from_output;
-    stats = empty_statistics(alone ? 1 : 2, xv, xv.t.ndim - static_cast<int>(shape.size()));
+  if (grad && (c.from_output || xv.numel() >= kSaveStatisticsFrom)) {
+    const bool alone = c.rms || c.from_output;
+    stats = empty_statistics(alone ? 1 : 2, xv, c.dims, c.channels_first);
     const TensorView stats_view = view(stats);
     rstd = stats_row(stats_view, alone ? 0 : 1);
     if (!alone) mean = stats_row(stats_view, 0);
   }
-  const TensorView none;
-  layer_norm_fwd(xv, none, wv, bv, none, view(y), none, mean, rstd, C, 1, eps, weight_offset, 0.0, rms, num_threads);
-  return py::make_tuple(std::move(y), py::none(), std::move(stats));
+  layer_norm_fwd(Flat(xv), rv, wv, bv, view(seed), Flat(view(y)), view(sum), mean, rstd, layout.C, layout.P, c.eps,
+                 c.weight_offset, c.p, c.rms, num_threads);
+  if (grad) return py::make_tuple(std::move(y), std::move(sum), std::move(stats), std::move(seed));
+  if (rv) return py::make_tuple(std::move(y), std::move(sum));
+  return y;
 }
 
-// Backward of such a call: everything that LayerNormFunction.backward returns, or None for tensors that are not plain
-// and dense. The tuples are those of pyops/layer_norm.py: (dy, ...), (x or y, weight, bias, stats, seed), Config, and
-// needs_input_grad of (done, direct, config, x, residual, weight, bias, seed).
+// (None, dx, dresidual, dweight, dbias) of such a call, what LayerNormDirectFunction.backward returns, or None when an
+// incoming gradient is not plain and dense. grads: of y, and of sum; saved: h or y, weight, bias, stats, seed; needs:
+// needs_input_grad, whose first entry is no tensor's.
 py::object layer_norm_backward(const py::tuple& grads, const py::tuple& saved, const py::tuple& config,
                                const py::tuple& needs, int num_threads) {
-  TensorView dy, h, weight, bias, stats;
-  for (size_t i = 1; i < grads.size(); ++i) {
-    if (!grads[i].is_none()) return py::none();
-  }
-  if (!(view_plain(grads[0].ptr(), dy) && view_plain(saved[0].ptr(), h) && view_plain(saved[1].ptr(), weight) &&
-        view_plain(saved[2].ptr(), bias) && view_plain(saved[3].ptr(), stats))) {
+  TensorView dy, dsum, h, weight, bias, stats, seed;
+  Layout layout;
+  const Config c(config);
+  if (!(view_plain(grads[0].ptr(), dy) && view_again(saved[0].ptr(), h) && view_again(saved[1].ptr(), weight) &&
+        view_again(saved[2].ptr(), bias) && view_again(saved[3].ptr(), stats) && view_again(saved[4].ptr(), seed))) {
     return py::none();
   }
-  if (!dy || !dy.is_cpu() || !dy.is_contiguous() || !h.is_contiguous() || !stats.is_contiguous()) return py::none();
-  const bool need_x = needs[3].cast<bool>(), need_weight = needs[5].cast<bool>(), need_bias = needs[6].cast<bool>();
-  int64_t C = 1;
-  for (int i = 1; i <= config[0].cast<int>(); ++i) C *= h.size(h.t.ndim - i);
-  const py::handle param = weight ? saved[1] : saved[2];
-  py::object dx = need_x ? empty_like(saved[0]) : py::none();
-  py::object dweight = need_weight ? empty_like(param) : py::none();
-  py::object dbias = need_bias ? empty_like(param) : py::none();
+  if (grads.size() == 2 && (c.from_output ? !grads[1].is_none() : !view_plain(grads[1].ptr(), dsum))) return py::none();
+  const auto dense = [&](const TensorView& v) { return v && has_layout(v, layout); };
+  if (!h || !find_layout(h, c, layout) || !dense(dy) || (dsum && !dense(dsum)) ||
+      (stats && (stats.t.ndim == 0 || !stats.is_contiguous()))) {
+    return py::none();
+  }
   const TensorView none;
-  const bool alone = stats.size(0) == 1;
-  layer_norm_bwd(dy, none, h, weight, bias, alone ? none : stats_row(stats, 0), stats_row(stats, alone ? 0 : 1), none,
-                 view(dx), none, view(dweight), view(dbias), none, C, 1, config[3].cast<double>(), 0.0,
-                 config[5].cast<bool>(), config[6].cast<bool>(), num_threads);
-  const py::none nothing;
-  return py::make_tuple(nothing, nothing, nothing, std::move(dx), nothing, std::move(dweight), std::move(dbias),
-                        nothing);
+  std::optional<Statistics> computed;
+  TensorView mean, rstd;
+  if (stats) {
+    const bool alone = stats.size(0) == 1;
+    rstd = stats_row(stats, alone ? 0 : 1);
+    if (!alone) mean = stats_row(stats, 0);
+  } else {
+    computed.emplace(h, h.numel() / layout.C);
+    rstd = computed->rstd;
+    if (!c.rms) mean = computed->mean;
+    layer_norm_fwd(Flat(h), none, none, none, none, none, none, mean, rstd, layout.C, layout.P, c.eps, 0.0, 0.0, c.rms,
+                   num_threads);
+  }
+  const auto needed = [&](int i) { return needs[i].ptr() == Py_True; };
+  const bool drop = bool(seed);
+  // Without dropout the residual's gradient is that of x.
+  const py::handle param = weight ? saved[1] : saved[2];
+  py::object dx = needed(1) || (needed(2) && !drop) ? empty_like(saved[0]) : py::none();
+  py::object dresidual = needed(2) && drop ? empty_like(saved[0]) : py::none();
+  py::object dweight = needed(3) ? empty_like(param) : py::none();
+  py::object dbias = needed(4) ? empty_like(param) : py::none();
+  layer_norm_bwd(Flat(dy), dsum, Flat(h), weight, bias, mean, rstd, seed, Flat(view(dx)), view(dresidual),
+                 view(dweight), view(dbias), none, layout.C, layout.P, c.weight_offset, c.p, c.rms, c.from_output,
+                 num_threads);
+  if (needed(2) && !drop) dresidual = dx;
+  if (!needed(1)) dx = py::none();
+  return py::make_tuple(py::none(), std::move(dx), std::move(dresidual), std::move(dweight), std::move(dbias));
 }
 
 }  // namespace

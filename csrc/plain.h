@@ -19,28 +19,35 @@ struct TorchObjects {
   PyObject* empty = nullptr;
   PyObject* float32 = nullptr;
   PyObject* float64 = nullptr;
+  PyObject* cpu = nullptr;  // torch.device("cpu")
 };
 inline TorchObjects torch_objects;
 
-// Views `src` when the kernels may read its memory: exactly a Tensor or a Parameter, neither a negative view nor a zero
-// tensor. None gives an undefined view.
-inline bool view_plain(PyObject* src, TensorView& view) {
+// Views `src` when it is exactly a CPU Tensor or Parameter: enough for a tensor that was plain when it was saved, which
+// may have been replaced by a hook since. None gives an undefined view.
+inline bool view_again(PyObject* src, TensorView& view) {
   if (src == Py_None) return true;
   auto* type = reinterpret_cast<PyObject*>(Py_TYPE(src));
   if (type != torch_objects.tensor && type != torch_objects.parameter) return false;
-  for (PyObject* question : {torch_objects.is_neg, torch_objects.is_zerotensor}) {
-    PyObject* answer = PyObject_CallOneArg(question, src);
-    if (answer == nullptr) throw pybind11::error_already_set();
-    Py_DECREF(answer);  // True and False are immortal in effect
-    if (answer != Py_False) return false;
-  }
   const DLPackExchangeAPI* api = exchange_api(Py_TYPE(src));
   if (api == nullptr) return false;
   if (api->dltensor_from_py_object_no_sync(src, &view.t) != 0) {
     PyErr_Clear();
     return false;
   }
-  view.defined = true;
+  return view.defined = view.is_cpu();
+}
+
+// The same, and neither a negative view nor a zero tensor: CPU kernels may read its memory.
+inline bool view_plain(PyObject* src, TensorView& view) {
+  if (!view_again(src, view)) return false;
+  if (!view) return true;
+  for (PyObject* question : {torch_objects.is_neg, torch_objects.is_zerotensor}) {
+    PyObject* answer = PyObject_CallOneArg(question, src);
+    if (answer == nullptr) throw pybind11::error_already_set();
+    Py_DECREF(answer);  // True and False are immortal in effect
+    if (answer != Py_False) return false;
+  }
   return true;
 }
 
@@ -63,15 +70,20 @@ inline pybind11::object empty_like(pybind11::handle src) {
   return pybind11::reinterpret_steal<pybind11::object>(out);
 }
 
-// torch.empty(rows, the first `dims` sizes of a CPU tensor), in the type that its statistics have.
-inline pybind11::object empty_statistics(int rows, const TensorView& like, int dims) {
+// torch.empty(rows, the sizes of a CPU tensor that are not normalised), in the type that its statistics have.
+inline pybind11::object empty_statistics(int rows, const TensorView& like, int dims, bool channels_first) {
   // torch reads sizes that are given one by one faster than a tuple of them.
-  static PyObject* const names = pybind11::make_tuple("dtype").release().ptr();
+  static PyObject* const names = pybind11::make_tuple("dtype", "device").release().ptr();
   std::vector<pybind11::object> sizes = {pybind11::int_(rows)};
-  for (int i = 0; i < dims; ++i) sizes.push_back(pybind11::int_(like.size(i)));
+  const int last = like.t.ndim - (channels_first ? 3 : dims);
+  for (int i = 0; i < last; ++i) sizes.push_back(pybind11::int_(like.size(i)));
+  if (channels_first) {
+    for (int i = last + 1; i < like.t.ndim; ++i) sizes.push_back(pybind11::int_(like.size(i)));
+  }
   std::vector<PyObject*> args;
   for (const pybind11::object& size : sizes) args.push_back(size.ptr());
   args.push_back(has_dtype<double>(like) ? torch_objects.float64 : torch_objects.float32);
+  args.push_back(torch_objects.cpu);  // whatever the default device is
   PyObject* out = PyObject_Vectorcall(torch_objects.empty, args.data(), sizes.size(), names);
   if (out == nullptr) throw pybind11::error_already_set();
   return pybind11::reinterpret_steal<pybind11::object>(out);

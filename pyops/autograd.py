@@ -1,8 +1,9 @@
-"""One description of an operation, three autograd Functions.
+"""One description of an operation, and the autograd Functions made from it.
 
 A :class:`Rule` says what an operation computes, what it saves and how its gradients come about. From it are made
 
-* ``plain``: ctx-style, for eager calls and for torch.compile and torch.export (Dynamo traces it; it is the cheapest);
+* ``direct``: for the call that most calls are; forward and backward are one call of the compiled extension each;
+* ``plain``: ctx-style, for other eager calls and for torch.compile and torch.export (Dynamo traces it);
 * ``functorch``: with ``setup_context`` and a generated vmap rule, over the registered operators, for torch.func;
 * ``backward``: the gradients as a Function of their own, used under ``create_graph`` and torch.func, whose backward is
   the vjp of the rule's differentiable formula. That gives gradients of every order.
@@ -10,7 +11,7 @@ A :class:`Rule` says what an operation computes, what it saves and how its gradi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ import torch
 from . import backend
 
 Tensors = Sequence[torch.Tensor | None]
+_PLAIN = backend.PLAIN_TYPES
+_grad_enabled = torch.is_grad_enabled
 
 
 class Rule:
@@ -27,6 +30,7 @@ class Rule:
     """
 
     name: str
+    n_tensors: int
     n_saved: int
     n_grads: int
 
@@ -51,8 +55,11 @@ class Rule:
         raise NotImplementedError
 
     @staticmethod
-    def backward_common(grads: Tensors, saved: Tensors, config: tuple, needs: Sequence[bool]) -> tuple | None:
-        """Everything that ``plain`` returns from backward, for the call that most calls are; None for any other."""
+    def backward_direct(grads: Tensors, saved: Tensors, config: tuple, needs: Sequence[bool]) -> tuple | None:
+        """What ``direct`` returns from backward, for dense plain gradients and no further order; None for any other.
+
+        ``needs`` begins with the entry of ``done``.
+        """
         raise NotImplementedError
 
     @staticmethod
@@ -61,12 +68,12 @@ class Rule:
         raise NotImplementedError
 
 
-def make(rule: type[Rule]) -> tuple[type, type]:
-    """The (plain, functorch) Functions of a rule.
+def make(rule: type[Rule]) -> tuple[Callable, type, type]:
+    """The ways into autograd of a rule: (direct, plain.apply, functorch.apply).
 
-    ``plain.apply(done, direct, config, *tensors)``, where ``done`` is None, or the outputs and the saved tensors of a
-    forward that has run already; its backward then tries ``backward_common`` first.
-    ``functorch.apply(config, *tensors)``.
+    ``direct(done, *tensors)``, where ``done`` holds the outputs, the saved tensors and the config of a forward that has
+    run already, and the tensors are the first ones of the rule (those that can have a gradient).
+    ``plain(direct, config, *tensors)``; ``functorch(config, *tensors)``.
     """
     n_saved, n_grads = rule.n_saved, rule.n_grads
 
@@ -77,7 +84,9 @@ def make(rule: type[Rule]) -> tuple[type, type]:
         def forward(*args: Any) -> tuple:
             grads, saved = args[:n_grads], args[n_grads : n_grads + n_saved]
             config, needs = args[-2], args[-1]
-            return rule.backward(backend.is_plain(*grads, *saved), grads, saved, config, needs)
+            found = rule.backward(backend.is_plain(*grads, *saved), grads, saved, config, needs)
+            # A Function whose inputs are saved outside of forward may not return one of them.
+            return tuple(r.clone() if any(r is g for g in grads if g is not None) else r for r in found)
 
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -103,38 +112,48 @@ def make(rule: type[Rule]) -> tuple[type, type]:
             found = dict(zip(at, vjp(cotangents)))
             return *(found.get(i) for i in range(len(inputs))), None, None
 
-    def differentiate(ctx: Any, grads: tuple, needs: Sequence[bool]) -> tuple:
-        saved = ctx.saved_tensors
+    def differentiate(direct: bool, grads: tuple, saved: Tensors, config: tuple, needs: Sequence[bool]) -> tuple:
+        grads += (None,) * (n_grads - len(grads))
         if torch.is_grad_enabled() and not torch.compiler.is_dynamo_compiling():
-            return Backward.apply(*grads, *saved, ctx.config, tuple(needs))
+            return Backward.apply(*grads, *saved, config, tuple(needs))
         # Asked again: batched gradients and compiled autograd bring other tensors than forward saw. What was saved was
-        # plain then, and its type tells whether a hook has put something else in its place.
-        direct = ctx.direct and backend.is_plain(*grads) and type(saved[0]) in backend.PLAIN_TYPES
-        return rule.backward(direct, grads, saved, ctx.config, needs)
+        # plain then, and the types tell whether a hook has put something else in its place.
+        direct = direct and backend.is_plain(*grads) and all(t is None or type(t) in _PLAIN for t in saved)
+        return rule.backward(direct, grads, saved, config, needs)
+
+    class Direct(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, done: tuple, *tensors: Any) -> Any:  # noqa: ARG004
+            outputs, saved, ctx.config = done
+            ctx.save_for_backward(*saved)
+            if type(outputs) is tuple:
+                ctx.set_materialize_grads(False)
+            return outputs
+
+        @staticmethod
+        def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple:
+            saved, config, needs = ctx.saved_tensors, ctx.config, ctx.needs_input_grad
+            if not _grad_enabled():
+                found = rule.backward_direct(grads, saved, config, needs)
+                if found is not None:
+                    return found
+            needs = needs[1:] + (False,) * (rule.n_tensors + 1 - len(needs))
+            return (None, *differentiate(True, grads, saved, config, needs)[: len(ctx.needs_input_grad) - 1])
 
     class Plain(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, done: tuple | None, direct: bool, config: tuple, *tensors: Any) -> Any:
-            if done is None:
-                results = rule.forward(direct, tensors, config)
-                done = rule.outputs(results, config), rule.saved(tensors, results, config)
-                ctx.common = False
-            else:
-                ctx.common = True
-            outputs, saved = done
-            ctx.save_for_backward(*saved)
+        def forward(ctx: Any, direct: bool, config: tuple, *tensors: Any) -> Any:
+            results = rule.forward(direct, tensors, config)
+            outputs = rule.outputs(results, config)
+            ctx.save_for_backward(*rule.saved(tensors, results, config))
             ctx.direct, ctx.config = direct, config
             ctx.set_materialize_grads(False)
             return outputs[0] if len(outputs) == 1 else outputs
 
         @staticmethod
         def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple:
-            if ctx.common and not torch.is_grad_enabled():
-                found = rule.backward_common(grads, ctx.saved_tensors, ctx.config, ctx.needs_input_grad)
-                if found is not None:
-                    return found
-            grads = grads + (None,) * (n_grads - len(grads))
-            return (None, None, None, *differentiate(ctx, grads, ctx.needs_input_grad[3:]))
+            needs = ctx.needs_input_grad[2:]
+            return (None, None, *differentiate(ctx.direct, grads, ctx.saved_tensors, ctx.config, needs))
 
     class Functorch(torch.autograd.Function):
         generate_vmap_rule = True
@@ -145,7 +164,7 @@ def make(rule: type[Rule]) -> tuple[type, type]:
 
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-            ctx.direct, ctx.config = False, inputs[0]
+            ctx.config = inputs[0]
             ctx.save_for_backward(*rule.saved(inputs[1:], output, ctx.config))
             carries = rule.outputs(output, ctx.config)
             ctx.mark_non_differentiable(*(o for o in output if o is not None and not any(o is c for c in carries)))
@@ -155,9 +174,10 @@ def make(rule: type[Rule]) -> tuple[type, type]:
         @staticmethod
         def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple:
             carried = tuple(grads[i] for i in ctx.slots)
-            carried += (None,) * (n_grads - len(carried))
-            return (None, *differentiate(ctx, carried, ctx.needs_input_grad[1:]))
+            needs = ctx.needs_input_grad[1:]
+            return (None, *differentiate(False, carried, ctx.saved_tensors, ctx.config, needs))
 
-    for cls, kind in ((Plain, ""), (Functorch, "Functorch"), (Backward, "Backward")):
+    for cls, kind in ((Direct, "Direct"), (Plain, ""), (Functorch, "Functorch"), (Backward, "Backward")):
         cls.__name__ = cls.__qualname__ = f"{rule.name}{kind}Function"
-    return Plain, Functorch
+    # Function.apply without its look at torch.func, which the caller of `direct` has ruled out.
+    return super(torch.autograd.Function, Direct).apply, Plain.apply, Functorch.apply

@@ -61,9 +61,21 @@ def _cuda_unusable(x: torch.Tensor) -> str | None:
         return 'it was not built (no nvcc at install, or PYOPS_CUDA=0); use "triton", or reinstall with nvcc'
     if x.device.type != "cuda":
         return f"it serves CUDA tensors, not {x.device.type}"
-    if torch.cuda.get_device_capability(x.device) < (8, 0):
-        return f'it needs compute capability 8.0, {x.device} has less; use "triton"'
+    if torch.version.hip is not None:
+        return 'it serves NVIDIA GPUs; use "triton"'
+    if not _runs_on(_C.cuda_archs, *torch.cuda.get_device_capability(x.device)):
+        return (
+            f'it was built for {_C.cuda_archs}, which {x.device} does not run; use "triton", '
+            "or reinstall with PYOPS_CUDA_ARCHS"
+        )
     return None
+
+
+def _runs_on(archs: str, major: int, minor: int) -> bool:
+    """Whether a GPU of this compute capability has machine code among ``archs``, or PTX (of the lowest plain one)."""
+    plain = [int(a) for a in archs.split(";") if a.isdigit()]
+    own = f"{major}{minor}a" in archs.split(";") or any(a // 10 == major and a % 10 <= minor for a in plain)
+    return own or (bool(plain) and min(plain) <= 10 * major + minor)
 
 
 def _triton_unusable(x: torch.Tensor) -> str | None:
@@ -72,6 +84,8 @@ def _triton_unusable(x: torch.Tensor) -> str | None:
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if x.device.type != "cuda" and not (interpreted and x.device.type == "cpu"):
         return f"it serves CUDA tensors (CPU tensors under TRITON_INTERPRET=1), not {x.device.type}"
+    if x.device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(x.device) < (8, 0):
+        return f"it needs compute capability 8.0, {x.device} has less"
     return None
 
 
@@ -89,6 +103,7 @@ if _C is not None:
     _C.set_torch_objects(torch)
 # The public functions, for explain().
 OPERATIONS = ("layer_norm", "rms_norm", "add_layer_norm", "layer_norm2d")
+SERVES_JAGGED = ("layer_norm", "rms_norm")  # by torch's own operator
 
 _forced: str | None = None
 
@@ -99,8 +114,8 @@ def _constant_when_compiled(function: Callable) -> Callable:
     return function
 
 
-def check_name(op: str, name: str) -> None:
-    if name not in BACKENDS:
+def check_name(op: str, name: object) -> None:
+    if not isinstance(name, str) or name not in BACKENDS:
         raise ValueError(f"{op}: backend must be one of {', '.join(BACKENDS)}, or None, got {name!r}")
 
 
@@ -130,35 +145,44 @@ def choose(op: str, x: torch.Tensor, name: str | None) -> str:
     """
     if name is None:
         name = _forced
-    if x.is_nested and name in (None, "eager"):
-        _log_fallback(op, "jagged nested tensors")
-        return "torch"
-    if name is None:
-        if _CPU_IS_FIRST and x.is_cpu:
-            return "cpu"
-        for candidate in PREFERRED.get(x.device.type, ()):
-            if BACKENDS[candidate].unusable(x) is None:
-                return candidate
-        reasons = [f"{n}: {BACKENDS[n].unusable(x)}" for n in PREFERRED.get(x.device.type, ())]
-        _log_fallback(op, f"{x.device.type} tensors", "; ".join(reasons))
-        return "torch"
-    check_name(op, name)
-    if name == "cpu" and x.is_cpu and _CPU_IS_FIRST and not x.is_nested:
+    if _CPU_IS_FIRST and name in (None, "cpu") and x.is_cpu and not x.is_nested:
         return "cpu"
+    chosen, why = _choose(op, x, name)
+    if chosen == "torch":
+        _log_fallback(op, "jagged nested tensors" if x.is_nested else f"{x.device.type} tensors", why)
+    return chosen
+
+
+def _choose(op: str, x: torch.Tensor, name: str | None) -> tuple[str, str]:
+    """The name, and for "torch" the reason."""
+    if name is not None:
+        check_name(op, name)
+    if x.is_nested:
+        if op not in SERVES_JAGGED:
+            raise TypeError(f"{op}: x must be a strided tensor, got a jagged one")
+        if name in (None, "eager"):
+            return "torch", "no backend serves them"
+    if name is None:
+        reasons = {}
+        for candidate in PREFERRED.get(x.device.type, ()):
+            reasons[candidate] = BACKENDS[candidate].unusable(x)
+            if reasons[candidate] is None:
+                return candidate, ""
+        return "torch", "; ".join(f"{n}: {why}" for n, why in reasons.items()) or "no backend serves them"
     reason = "it serves strided tensors, not jagged ones" if x.is_nested else BACKENDS[name].unusable(x)
     if reason is not None:
         raise ValueError(f"{op}: backend must be able to serve x, got {name!r}: {reason}")
-    return name
+    return name, ""
 
 
 _logged: set[tuple[str, str]] = set()
 
 
 @_constant_when_compiled
-def _log_fallback(op: str, what: str, reasons: str = "no backend serves them") -> None:
+def _log_fallback(op: str, what: str, reasons: str) -> None:
     if (op, what) not in _logged:
         _logged.add((op, what))
-        logger.warning("%s on %s runs torch's own operator (%s)", op, what, reasons or "no backend serves them")
+        logger.warning("%s on %s runs torch's own operators (%s)", op, what, reasons)
 
 
 @dataclass(frozen=True)
@@ -180,22 +204,24 @@ def explain(op: str, *args: object, backend: str | None = None, **kwargs: object
 
     Args:
         op: the name of a pyops function, "layer_norm" for instance.
-        args, kwargs: its arguments; nothing is computed.
+        args, kwargs: its arguments, x first or by name; nothing is computed.
         backend: as in the function itself.
 
     Returns:
         Explanation: ``chosen`` and ``reasons`` by backend; its ``str`` is a table.
     """
-    x = next((a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor)), None)
-    if x is None:
-        raise TypeError("explain: args must hold a torch.Tensor, got none")
+    x = args[0] if args else kwargs.get("x")
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"explain: x must be a torch.Tensor, got {type(x).__name__}")
     if op not in OPERATIONS:
         raise ValueError(f"explain: op must be one of {', '.join(OPERATIONS)}, got {op!r}")
     reasons = {}
     wanted = backend if backend is not None else _forced
     try:
-        chosen = choose(op, x, backend)
-    except ValueError as error:
+        if x.dtype not in FLOATING:
+            raise TypeError(f"{op}: x must have dtype float64, float32, bfloat16 or float16, got {x.dtype}")
+        chosen, _ = _choose(op, x, wanted)
+    except (TypeError, ValueError) as error:
         chosen = f"nothing ({error})"
     for name, candidate in BACKENDS.items():
         reason = candidate.unusable(x)
@@ -222,7 +248,7 @@ def leaf(name: str, stem: str) -> ModuleType:
 
 def cpu_kernels(name: str | None) -> ModuleType | None:
     """pyops._C when ``name`` (None: the choice in force) leaves CPU tensors to it."""
-    return _C if (name or _forced or "cpu") == "cpu" else None
+    return _C if (_forced or "cpu" if name is None else name) == "cpu" else None
 
 
 # ---- which way a call takes ----
@@ -236,8 +262,13 @@ def _private(name: str, default: Callable) -> Callable:
 _dispatch_modes = _private("_len_torch_dispatch_stack", lambda: 1)
 _functorch_active = _private("_are_functorch_transforms_active", lambda: True)
 # The vmap of is_grads_batched is an older one, which functorch does not know.
-_is_legacy_batched = getattr(torch._C._functorch, "is_legacy_batchedtensor", lambda _: False)
+_is_legacy_batched = getattr(_private("_functorch", None), "is_legacy_batchedtensor", lambda _: True)
+_is_tracing = _private("_is_tracing", torch.jit.is_tracing)
 _is_compiling = torch.compiler.is_dynamo_compiling
+
+
+def _forward_ad_active() -> bool:
+    return getattr(forward_ad, "_current_level", 0) >= 0
 
 
 def autocast_to_float(x: torch.Tensor, keep_dtype: bool) -> bool:
@@ -248,8 +279,14 @@ def autocast_to_float(x: torch.Tensor, keep_dtype: bool) -> bool:
 
 
 def is_quiet() -> bool:
-    """Nothing is watching: no compiler, dispatch mode, functorch transform or forward AD."""
-    return not (_is_compiling() or _dispatch_modes() or _functorch_active() or forward_ad._current_level >= 0)
+    """Nothing is watching: no compiler, tracer, dispatch mode, functorch transform or forward AD."""
+    return not (
+        _is_compiling()
+        or _dispatch_modes()
+        or _functorch_active()
+        or _is_tracing()
+        or getattr(forward_ad, "_current_level", 0) >= 0
+    )
 
 
 def is_plain(*tensors: torch.Tensor | None) -> bool:
@@ -275,12 +312,12 @@ def _functorch_constant() -> bool:
 
 
 def needs_definition() -> bool:
-    """Forward AD, and functorch inside torch.compile: only plain torch operators are right there."""
+    """Forward AD, torch.jit.trace, and functorch inside torch.compile: only plain torch operators are right there."""
     if _is_compiling():
         return _functorch_constant() or _forward_ad_constant()
-    return forward_ad._current_level >= 0
+    return _is_tracing() or _forward_ad_active()
 
 
 @_constant_when_compiled
 def _forward_ad_constant() -> bool:
-    return forward_ad._current_level >= 0
+    return _forward_ad_active()

@@ -5,7 +5,10 @@ Ba, Kiros, Hinton, "Layer Normalization" (2016); Zhang, Sennrich, "Root Mean Squ
 
 from __future__ import annotations
 
+import functools
 import math
+import numbers
+import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -16,6 +19,7 @@ from torch import Tensor, nn
 from . import autograd
 from .backend import (
     FLOATING,
+    OPERATIONS,
     autocast_to_float,
     choose,
     cpu_kernels,
@@ -263,7 +267,7 @@ def backward_leaf(
     dweight = dbias = workspace = None
     module = leaf(c.backend, "layer_norm")
     threads = _get_num_threads()
-    mean, rstd = _mean_rstd(stats)
+    mean, rstd = _mean_rstd(stats.contiguous())
     if not c.channels_first:
         dy, saved = _as_rows(dy, C), _as_rows(saved, C)
         dsum = None if dsum is None else _as_rows(dsum, C)
@@ -358,6 +362,10 @@ def _batched_first(t: Tensor | None, dim: int | None, size: int) -> Tensor | Non
 
 def _per_sample(op: Any, info: Any, in_dims: tuple, args: tuple) -> tuple:
     """One call for each sample: with dropout, every sample has the mask that it would have alone."""
+    if info.batch_size == 0:
+        one = [a.new_zeros(a.shape[:d] + a.shape[d + 1 :]) if isinstance(d, int) else a for a, d in zip(args, in_dims)]
+        results = tuple(r.new_empty(0, *r.shape) for r in op(*one))
+        return results, (0,) * len(results)
     runs = []
     for i in range(info.batch_size):
         picked = [a.select(d, i) if isinstance(d, int) else a for a, d in zip(args, in_dims)]
@@ -411,9 +419,11 @@ def _bwd_vmap(info, in_dims, dy, dsum, saved, weight, bias, stats, seed, *config
 
 
 class LayerNormRule(autograd.Rule):
-    """Tensors: x, residual, weight, bias, seed. Saved: h or y, weight, bias, stats, seed."""
+    """Tensors: x, residual, weight, bias, seed. Saved: h or y, weight, bias, stats (None after a small direct call),
+    seed."""
 
     name = "LayerNorm"
+    n_tensors = 5
     n_saved = 5
     n_grads = 2  # of y, and of the sum (with residual) or of the statistics (with from_output)
 
@@ -443,10 +453,22 @@ class LayerNormRule(autograd.Rule):
 
     @staticmethod
     def _incoming(grads, saved, c):
-        """dy (zeros when only the second output was used), dsum, the gradient of the statistics."""
+        """dy (zeros when only the statistics were used), dsum, the gradient of the statistics."""
         dy, second = grads
         dy = torch.zeros_like(saved[0]) if dy is None else dy
         return (dy, None, second) if c.from_output else (dy, second, None)
+
+    @staticmethod
+    def _through_sum(dsum, seed, c):
+        """The gradients when y was not used: of x and residual alone."""
+        if dsum is None:
+            return (None,) * 5
+        dx = dsum
+        if seed is not None:
+            C = dsum.shape[-1]
+            keep = keep_mask(seed, dsum.numel() // C, C, c.p).reshape(dsum.shape)
+            dx = torch.where(keep, dsum.to(_acc(dsum.dtype)) * drop_scale(c.p), 0.0).to(dsum.dtype)
+        return dx, dsum, None, None, None
 
     @staticmethod
     def _through_rstd(dstats, saved, c):
@@ -463,8 +485,12 @@ class LayerNormRule(autograd.Rule):
 
     @classmethod
     def backward(cls, direct, grads, saved, c, needs):
+        if grads[0] is None and not c.from_output:
+            return cls._through_sum(grads[1], saved[4], c)
         dy, dsum, dstats = cls._incoming(grads, saved, c)
         h, weight, bias, stats, seed = saved
+        if stats is None:
+            _, _, stats = cls.forward(direct, (h, None, None, None, None), c._replace(p=0.0))
         wanted = needs[:4]
         if direct:
             dx, dresidual, dweight, dbias = backward_leaf(dy, dsum, h, weight, bias, stats, seed, c, wanted)
@@ -476,7 +502,7 @@ class LayerNormRule(autograd.Rule):
         return dx, dresidual, dweight, dbias, None
 
     @staticmethod
-    def backward_common(grads, saved, config, needs):
+    def backward_direct(grads, saved, config, needs):
         kernels = cpu_kernels("cpu")
         if kernels is None or not is_quiet():
             return None
@@ -484,6 +510,8 @@ class LayerNormRule(autograd.Rule):
 
     @classmethod
     def formula(cls, grads, saved, c, needs):
+        if grads[0] is None and not c.from_output:
+            return cls._through_sum(grads[1], saved[4], c)
         dy, dsum, dstats = cls._incoming(grads, saved, c)
         h, weight, bias, stats, seed = saved
         found = gradients(dy, dsum, h, weight, bias, stats if c.from_output else None, seed, c)
@@ -493,9 +521,7 @@ class LayerNormRule(autograd.Rule):
         return dx, dresidual, dweight, dbias, None
 
 
-PlainFunction, FunctorchFunction = autograd.make(LayerNormRule)
-# Function.apply without its look at torch.func, which is_quiet() has ruled out.
-_apply_plain = super(torch.autograd.Function, PlainFunction).apply
+_apply_direct, _apply_plain, _apply_functorch = autograd.make(LayerNormRule)
 
 
 # ---- public functions ----
@@ -530,34 +556,31 @@ def _check_parameters(op: str, x: Tensor, shape: tuple[int, ...], weight: object
         _fail(op, "bias", f"have the dtype of weight, {weight.dtype}", bias.dtype, TypeError)
 
 
-def _check_eps(op: str, eps: object) -> None:
-    if not isinstance(eps, (int, float)):
+def _check_eps(op: str, eps: object) -> float:
+    if not isinstance(eps, (int, float, numbers.Real)):
         _fail(op, "eps", "be a number", type(eps).__name__, TypeError)
-    if not 0 <= eps < math.inf:
+    try:
+        value = float(eps)
+    except OverflowError:  # an int
+        value = math.inf
+    if not 0 <= value < math.inf:
         _fail(op, "eps", "be finite and not negative", eps)
+    return value
 
 
-def _check_rows(op: str, x: Any, normalized_shape: Any, weight: Any, bias: Any, eps: Any) -> tuple[int, ...]:
+def _check_rows(op: str, x: Any, normalized_shape: Any, weight: Any, bias: Any) -> tuple[int, ...]:
     """Raises unless the call has a meaning; the normalised shape as a tuple."""
     _check_tensor(op, "x", x)
-    if isinstance(normalized_shape, int):
-        normalized_shape = (normalized_shape,)
-    sized = isinstance(normalized_shape, (tuple, list))
-    if not sized or not all(isinstance(n, (int, torch.SymInt)) for n in normalized_shape):
+    sizes = normalized_shape if isinstance(normalized_shape, (tuple, list)) else (normalized_shape,)
+    if not all(isinstance(n, (int, torch.SymInt, numbers.Integral)) for n in sizes):
         _fail(op, "normalized_shape", "be an int or a sequence of ints", repr(normalized_shape), TypeError)
-    shape = tuple(normalized_shape)
+    shape = tuple(n if isinstance(n, (int, torch.SymInt)) else operator.index(n) for n in sizes)
     if not shape or any(n < 1 for n in shape):
         _fail(op, "normalized_shape", "have at least one dimension and no empty one", shape)
     if tuple(x.shape[-len(shape) :]) != shape:
         _fail(op, "x", f"end in the dimensions of normalized_shape {shape}", f"shape {tuple(x.shape)}")
-    _check_eps(op, eps)
     _check_parameters(op, x, shape, weight, bias)
     return shape
-
-
-def _autocast_to_float(x: Tensor, keep_dtype: bool) -> bool:
-    """torch's rule: off the CPU, autocast computes and returns normalisations in float32."""
-    return not (x.is_cpu or keep_dtype) and torch.is_autocast_enabled(x.device.type)
 
 
 def _float(t: Tensor | None) -> Tensor | None:
@@ -566,8 +589,10 @@ def _float(t: Tensor | None) -> Tensor | None:
 
 def _run(x, residual, weight, bias, seed, c: Config):
     """A valid call by the way that the surroundings allow: (y,) or (y, sum)."""
-    if c.backend == "torch" and residual is None and not (c.weight_offset or c.channels_first):
+    if c.backend == "torch" and residual is None and not c.channels_first:
         shape = x.shape[x.dim() - c.dims :]
+        if weight is not None and c.weight_offset:
+            weight = weight + c.weight_offset
         if c.rms:
             return (F.rms_norm(x, shape, weight, c.eps),)
         return (F.layer_norm(x, shape, weight, bias, c.eps),)
@@ -575,45 +600,63 @@ def _run(x, residual, weight, bias, seed, c: Config):
         y, h, _, _ = definition(x, residual, weight, bias, seed, c)
         return (y,) if residual is None else (y, h)
     if functorch_active():
-        y, total, _ = FunctorchFunction.apply(c, x, residual, weight, bias, seed)
+        y, total, _ = _apply_functorch(c, x, residual, weight, bias, seed)
         return (y,) if residual is None else (y, total)
     tensors = (x, residual, weight, bias)
     direct = is_plain(*tensors)
     if direct and not (_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)):
         y, total, _ = forward_leaf(x, residual, weight, bias, seed, c, statistics=False)
         return (y,) if residual is None else (y, total)
-    outputs = PlainFunction.apply(None, direct, c, x, residual, weight, bias, seed)
+    outputs = _apply_plain(direct, c, x, residual, weight, bias, seed)
     if residual is not None:
         return outputs
     return (outputs[0] if c.from_output else outputs,)
 
 
-def _common(x, shape, weight, bias, eps, zero_centred, memory_efficient, backend, rms) -> Tensor | None:
-    """The call that most calls are (plain, valid, dense, on the CPU), or None.
+@functools.lru_cache(maxsize=256)
+def _config(*values: Any) -> Config:
+    return Config(*values)
 
-    It does what the rest of the way would do. Asking in C++ and entering the Function without torch.func's preamble
-    takes a third of the time of a small call (bench/notes/layer_norm.md, host cost).
+
+def _direct(
+    x, residual, shape, weight, bias, eps, zero_centred, p, backend, channels_first=False, rms=False, from_output=False
+) -> Tensor | tuple[Tensor, Tensor] | None:
+    """y, or (y, sum), of the call that most calls are (plain, valid, dense, on the CPU); None for any other.
+
+    It does what the rest of the way would do, with the questions, the allocation and the kernel in one C++ call
+    (bench/notes/layer_norm.md, host cost).
     """
     kernels = cpu_kernels(backend)
-    if kernels is None or type(shape) is not tuple or type(eps) is not float or not is_quiet():
+    if kernels is None or type(eps) is not float or not is_quiet():
+        return None
+    if residual is not None or channels_first:
+        dims = 1
+    elif type(shape) is tuple:
+        dims = len(shape)
+    else:
         return None
     offset = 1.0 if zero_centred else 0.0
+    c = (dims, channels_first, eps, offset, p, rms, bool(from_output), "cpu")
     results = kernels.layer_norm_forward(
-        x, shape, weight, bias, eps, offset, rms, memory_efficient, _grad_enabled(), _get_num_threads()
+        x, residual, shape, weight, bias, c, draw_seed, _grad_enabled(), _get_num_threads()
     )
-    if results is None or results[2] is None:
-        return results and results[0]
-    y, _, stats = results
-    c = Config(len(shape), False, eps, offset, 0.0, rms, memory_efficient, "cpu")
-    if memory_efficient:
-        return _apply_plain(((y, stats), (y, weight, bias, stats, None)), True, c, x, None, weight, bias, None)[0]
-    done = (y,), (x, weight, None if weight is not None else bias, stats, None)
-    return _apply_plain(done, True, c, x, None, weight, bias, None)
+    if type(results) is not tuple or len(results) == 2:
+        return results
+    y, total, stats, seed = results
+    c = _config(*c)
+    if residual is not None:
+        outputs, saved = (y, total), (total, weight, None if weight is not None else bias, stats, seed)
+    elif from_output:
+        outputs, saved = (y, stats), (y, weight, bias, stats, seed)
+    else:
+        outputs, saved = y, (x, weight, None if weight is not None else bias, stats, seed)
+    outputs = _apply_direct((outputs, saved, c), x, residual, weight, bias)
+    return outputs[0] if from_output else outputs
 
 
 def _normalise(x: Tensor, weight: Tensor | None, bias: Tensor | None, keep_dtype: bool, c: Config) -> Tensor:
     if autocast_to_float(x, keep_dtype):
-        x, weight, bias = (t if t is None or t.dtype == torch.float64 else t.float() for t in (x, weight, bias))
+        x, weight, bias = _float(x), _float(weight), _float(bias)
     return _run(x, None, weight, bias, None, c)[0]
 
 
@@ -653,10 +696,11 @@ def layer_norm(
     Differs from torch.nn.functional.layer_norm: float32 parameters beside 16-bit x work on every device; the keyword
     options; statistics are centred, in float32 (float64 for float64).
     """
-    y = _common(x, normalized_shape, weight, bias, eps, zero_centred, memory_efficient, backend, False)
+    y = _direct(x, None, normalized_shape, weight, bias, eps, zero_centred, 0.0, backend, from_output=memory_efficient)
     if y is not None:
         return y
-    shape = _check_rows("layer_norm", x, normalized_shape, weight, bias, eps)
+    shape = _check_rows("layer_norm", x, normalized_shape, weight, bias)
+    eps = _check_eps("layer_norm", eps)
     name = choose("layer_norm", x, backend)
     c = Config(len(shape), False, eps, 1.0 if zero_centred else 0.0, 0.0, False, memory_efficient, name)
     return _normalise(x, weight, bias, keep_dtype, c)
@@ -679,7 +723,7 @@ def rms_norm(
 
     Args:
         x, normalized_shape, weight, zero_centred, memory_efficient, keep_dtype, backend: as in :func:`layer_norm`.
-        eps: None means ``torch.finfo(x.dtype).eps``, as in torch.
+        eps: None means the machine epsilon of the arithmetic, float32 (float64 for float64), as in torch.
 
     Returns:
         y: shape and dtype of x; contiguous.
@@ -687,14 +731,16 @@ def rms_norm(
     Raises:
         ValueError, TypeError: ``rms_norm: <argument> must <rule>, got <value>``, before any work is done.
 
-    Differs from torch.nn.functional.rms_norm: y has the dtype of x also beside float32 parameters; the keyword options.
+    Differs from torch.nn.functional.rms_norm: of other dtypes than x's, weight may only be float32 beside 16-bit x;
+    the keyword options.
     """
     if eps is None and isinstance(x, Tensor) and x.dtype in FLOATING:
-        eps = torch.finfo(x.dtype).eps
-    y = _common(x, normalized_shape, weight, None, eps, zero_centred, memory_efficient, backend, True)
+        eps = torch.finfo(_acc(x.dtype)).eps
+    y = _direct(x, None, normalized_shape, weight, None, eps, zero_centred, 0.0, backend, False, True, memory_efficient)
     if y is not None:
         return y
-    shape = _check_rows("rms_norm", x, normalized_shape, weight, None, eps)
+    shape = _check_rows("rms_norm", x, normalized_shape, weight, None)
+    eps = _check_eps("rms_norm", eps)
     name = choose("rms_norm", x, backend)
     c = Config(len(shape), False, eps, 1.0 if zero_centred else 0.0, 0.0, True, memory_efficient, name)
     return _normalise(x, weight, None, keep_dtype, c)
@@ -733,11 +779,16 @@ def add_layer_norm(
     repeats it) and uses Philox counters, so it drops other elements than ``F.dropout`` with the same seed, but the same
     ones on every backend; backward regenerates the mask instead of saving it.
     """
+    if residual is not None and type(p) is float and 0.0 <= p <= 1.0:
+        results = _direct(x, residual, None, weight, bias, eps, zero_centred, p if training else 0.0, backend)
+        if results is not None:
+            return results
     op = "add_layer_norm"
     _check_tensor(op, "x", x)
     if x.dim() == 0 or x.shape[-1] < 1:
         _fail(op, "x", "have a last dimension of at least 1", f"shape {tuple(x.shape)}")
-    _check_rows(op, x, x.shape[-1:], weight, bias, eps)
+    eps = _check_eps(op, eps)
+    _check_parameters(op, x, tuple(x.shape[-1:]), weight, bias)
     _check_tensor(op, "residual", residual, x)
     if residual.shape != x.shape:
         _fail(op, "residual", f"have the shape of x, {tuple(x.shape)}", tuple(residual.shape))
@@ -749,9 +800,7 @@ def add_layer_norm(
         _fail(op, "p", "lie in [0, 1]", p)
     name = choose(op, x, backend)
     if autocast_to_float(x, keep_dtype):
-        x, residual, weight, bias = (
-            t if t is None or t.dtype == torch.float64 else t.float() for t in (x, residual, weight, bias)
-        )
+        x, residual, weight, bias = _float(x), _float(residual), _float(weight), _float(bias)
     p = float(p) if training else 0.0
     seed = draw_seed(x.device) if p > 0.0 else None
     c = Config(1, False, eps, 1.0 if zero_centred else 0.0, p, False, False, name)
@@ -787,18 +836,25 @@ def layer_norm2d(
     Differs from torch: torch has no such operator; ``F.layer_norm(x.permute(0, 2, 3, 1), ...).permute(0, 3, 1, 2)``
     computes the same with two changes of layout.
     """
+    y = _direct(x, None, None, weight, bias, eps, zero_centred, 0.0, backend, True, from_output=memory_efficient)
+    if y is not None:
+        return y
     op = "layer_norm2d"
     _check_tensor(op, "x", x)
     if x.dim() not in (3, 4):
         _fail(op, "x", "have shape (N, C, H, W) or (C, H, W)", tuple(x.shape))
     if x.shape[-3] < 1:
         _fail(op, "x", "have at least one channel", tuple(x.shape))
-    _check_eps(op, eps)
+    eps = _check_eps(op, eps)
     _check_parameters(op, x, (x.shape[-3],), weight, bias)
     name = choose(op, x, backend)
     c = Config(1, True, eps, 1.0 if zero_centred else 0.0, 0.0, False, memory_efficient, name)
     return _normalise(x, weight, bias, keep_dtype, c)
 
+
+# torch.fx then keeps a call as one node, as it does with torch's own functions.
+for _name in OPERATIONS:
+    torch.fx.wrap(_name)
 
 # ---- modules ----
 
@@ -835,6 +891,9 @@ class LayerNorm(nn.LayerNorm):
     def reset_parameters(self) -> None:
         super().reset_parameters()
         _zero_centre(self)
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + _options_repr(self)
 
     def forward(self, input: Tensor) -> Tensor:
         return layer_norm(
@@ -874,6 +933,9 @@ class RMSNorm(nn.RMSNorm):
         super().reset_parameters()
         _zero_centre(self)
 
+    def extra_repr(self) -> str:
+        return super().extra_repr() + _options_repr(self)
+
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(
             x, self.normalized_shape, self.weight, self.eps, zero_centred=self.zero_centred,
@@ -899,6 +961,11 @@ class LayerNorm2d(LayerNorm):
             input, self.weight, self.bias, self.eps, zero_centred=self.zero_centred,
             memory_efficient=self.memory_efficient, keep_dtype=self.keep_dtype, backend=self.backend,
         )  # fmt: skip
+
+
+def _options_repr(module: Any) -> str:
+    names = ("zero_centred", "memory_efficient", "keep_dtype", "backend")
+    return "".join(f", {name}={getattr(module, name)!r}" for name in names if getattr(module, name))
 
 
 def _set_options(module: Any, zero_centred: bool, memory_efficient: bool, keep_dtype: bool, backend: str | None):

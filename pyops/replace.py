@@ -101,7 +101,8 @@ def replace(model: nn.Module, *, only: _Entries = None, skip: _Entries = None, d
     """Gives the layers of `model` their pyops classes, in place.
 
     Args:
-        model: any module, also a single layer. Call this before the model is scripted, quantised or sharded.
+        model: any module, also a single layer. Call this before the model is traced, quantised or sharded; `undo()`
+            it before torch.jit.script, which takes no pyops module.
         only: replace nothing but these. One entry or several, each of them
             a stem such as "layer_norm" (all layers of that family; this reading wins over a path of the same name),
             a module path with shell-style wildcards ("encoder.*.norm1"), or a module class.
@@ -212,7 +213,7 @@ def _refusal(module: nn.Module, swap: _Swap, parents: list[nn.Module]) -> tuple[
     if isinstance(module, swap.fused_class):
         return "already", f"is a {_class_name(swap.fused_class)}"
     if isinstance(module, torch.jit.ScriptModule):
-        return "scripted", "TorchScript holds its own forward; replace before torch.jit"
+        return "scripted", "TorchScript holds its own forward; replace before torch.jit.trace"
     if parametrize.is_parametrized(module):
         return "parametrized", "torch.nn.utils.parametrize computes its parameters through a class of its own"
     if cls.__module__.startswith("torch.ao.") or getattr(module, "qconfig", None) is not None:

@@ -249,13 +249,13 @@ def test_eps_of_zero(backend: Target, variant: dict) -> None:
 
 
 def test_rms_norm_default_eps(backend: Target) -> None:
-    """eps=None is the machine epsilon of the dtype of x, as in torch: it shows where x is tiny."""
+    """eps=None is torch's: the machine epsilon of the arithmetic. It shows where x is tiny."""
     for dtype in DTYPES:
-        x = torch.full((2, 8), 1e-3 if dtype.itemsize == 2 else 1e-8, dtype=dtype, device=backend.device)
+        x = torch.full((2, 8), 1e-8 if dtype == F64 else 1e-4, dtype=dtype, device=backend.device)
         w = torch.ones(8, dtype=dtype, device=backend.device)
         y = pyops.rms_norm(x, 8, w, backend=backend.name)
-        assert torch.equal(y, pyops.rms_norm(x, 8, w, torch.finfo(dtype).eps, backend=backend.name))
-        assert not torch.equal(y, pyops.rms_norm(x, 8, w, 1e-5 if dtype != F16 else 1e-6, backend=backend.name))
+        torch.testing.assert_close(y, torch.rms_norm(x, (8,), w))
+        assert not torch.allclose(y.float(), torch.rms_norm(x, (8,), w, 1e-6).float(), rtol=0.05, atol=0)
 
 
 # ---- gradients ----

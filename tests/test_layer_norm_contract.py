@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from conftest import Target
@@ -167,15 +168,20 @@ WRONG: list[tuple[str, str, Any, type[Exception]]] = [
     ("normalized_shape", "a float", 4.0, TypeError),
     ("normalized_shape", "floats", (4.0,), TypeError),
     ("normalized_shape", "None", None, TypeError),
+    ("normalized_shape", "text", "4", TypeError),
+    ("normalized_shape", "a tensor", torch.tensor(4), TypeError),
     ("eps", "negative", -1e-5, ValueError),
     ("eps", "nan", math.nan, ValueError),
     ("eps", "infinite", math.inf, ValueError),
     ("eps", "text", "small", TypeError),
+    ("eps", "an int beyond floats", 10**400, ValueError),
     ("p", "negative", -0.1, ValueError),
     ("p", "above 1", 1.5, ValueError),
     ("p", "nan", math.nan, ValueError),
     ("p", "text", "half", TypeError),
     ("backend", "unknown", "fpga", ValueError),
+    ("backend", "empty", "", ValueError),
+    ("backend", "a list", ["cpu"], ValueError),
 ]
 ACCEPTS = {
     "layer_norm": {"x", "weight", "bias", "normalized_shape", "eps", "backend"},
@@ -232,6 +238,11 @@ def test_parameters_of_two_dtypes() -> None:
         pyops.layer_norm(x, 4, torch.ones(4, dtype=torch.bfloat16), torch.zeros(4))
 
 
+def test_size_beyond_int64() -> None:
+    with pytest.raises(ValueError, match=r"^layer_norm: x must end in the dimensions of normalized_shape .*, got shape"):
+        pyops.layer_norm(torch.randn(3, 4), (2**70,))
+
+
 def test_bad_module_arguments() -> None:
     with pytest.raises(TypeError, match=r"^LayerNorm2d: num_channels must be an int, got tuple"):
         pyops.nn.LayerNorm2d((3, 4))
@@ -246,6 +257,11 @@ def test_good_arguments(backend: Target) -> None:
     for shape in (4, (4,), [4], torch.Size([4])):
         pyops.layer_norm(x, shape, backend=backend.name)
     pyops.layer_norm(x, 4, eps=0, backend=backend.name)
+    for number in (numpy.int32(4), (numpy.int64(4),)):
+        pyops.layer_norm(x, number, eps=numpy.float32(1e-5), backend=backend.name)
+    with torch.device("meta"):  # the default device has no say in a call on given tensors
+        y = pyops.layer_norm(x.requires_grad_(), (4,), backend=backend.name)
+        assert torch.autograd.grad(y.sum(), x)[0].device == x.device
 
 
 # ---- autograd's rules ----
@@ -386,6 +402,24 @@ def test_no_graph_where_none_is_wanted(backend: Target) -> None:
             inference = call(case, t, backend.name)
         for name, training in call(case, t, backend.name).items():
             assert torch.equal(inference[name], training), f"{case} {name}"
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_sum_alone(backend: Target, p: float, create_graph: bool) -> None:
+    """Where y is not used, the parameters have no gradient, as behind torch's own operators."""
+    case = Case(op="add_layer_norm", p=p)
+    t = inputs(case, backend.device)
+    total = call(case, t, backend.name)["sum"]
+    leaves = [t[n] for n in ("x", "residual", "weight", "bias")]
+    dx, dresidual, dweight, dbias = torch.autograd.grad(
+        total, leaves, t["dsum"], allow_unused=True, create_graph=create_graph
+    )
+    kept = (total - t["residual"] != 0) if p else torch.ones_like(total, dtype=torch.bool)
+    torch.testing.assert_close(dx, torch.where(kept, t["dsum"] / (1 - p), 0.0))
+    assert torch.equal(dresidual, t["dsum"])
+    assert dweight is None
+    assert dbias is None
 
 
 def test_gradient_of_none_is_not_needed(backend: Target) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import io
 import threading
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -20,6 +22,7 @@ from torch.autograd import forward_ad
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import pyops
+from pyops.backend import OPERATIONS
 from pyops.layer_norm import Config
 
 CASES = [
@@ -408,6 +411,12 @@ def test_vmap_of_dropout(kernels: Target, randomness: str) -> None:
     assert equal == [randomness == "same"] * 3
 
 
+def test_vmap_of_dropout_over_nothing(kernels: Target) -> None:
+    x = torch.ones(0, 5, 16, device=kernels.device)
+    y, total = torch.vmap(lambda x: pyops.add_layer_norm(x, x, p=0.5, backend=kernels.name), randomness="same")(x)
+    assert y.shape == total.shape == x.shape
+
+
 def test_vmap_of_dropout_gradients(kernels: Target) -> None:
     """Backward inside vmap regenerates the masks of forward."""
     x, residual = torch.ones(3, 40, 16, device=kernels.device), torch.zeros(3, 40, 16, device=kernels.device)
@@ -588,6 +597,33 @@ def test_autocast(backend: Target, op: str, dtype: torch.dtype, cast_to: torch.d
     assert x.grad.dtype == dtype
 
 
+@pytest.mark.parametrize("op", OPERATIONS)
+def test_autocast_to_float(op: str, kernels: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where autocast asks for float32, every tensor is cast, gradients come back in its own dtype, and keep_dtype has
+    its way. (A CPU never asks: the question is answered for it.)"""
+    layer_norm = importlib.import_module("pyops.layer_norm")
+    monkeypatch.setattr(layer_norm, "autocast_to_float", lambda x, keep_dtype: not keep_dtype)  # noqa: ARG005
+    monkeypatch.setattr(layer_norm, "cpu_kernels", lambda _: None)  # the way of tensors on a GPU
+    shape, affine = (2, 9, 3, 5) if op == "layer_norm2d" else (5, 33), "w" if op == "rms_norm" else "wb"
+    case = Case(op=op, shape=shape, affine=affine, dtype=torch.bfloat16)
+    t = inputs(case, kernels.device)
+    wide = {n: v.detach().float() for n, v in t.items()}
+    outputs = apply(case, t, kernels.name)
+    for name, value in apply(case, wide, kernels.name).items():
+        assert outputs[name].dtype == torch.float32
+        assert torch.equal(outputs[name], value)
+    leaves = leaves_of(t)
+    gradients = torch.autograd.grad(
+        list(outputs.values()), list(leaves.values()), [t[f"d{n}"].float() for n in outputs]
+    )
+    assert {g.dtype for g in gradients} == {torch.bfloat16}
+    arguments = {n: v.detach() for n, v in t.items() if not n.startswith("d")}
+    if op in ("layer_norm", "rms_norm"):
+        arguments["normalized_shape"] = (33,)
+    kept = getattr(pyops, op)(**arguments, keep_dtype=True, backend=kernels.name)
+    assert (kept if isinstance(kept, Tensor) else kept[0]).dtype == torch.bfloat16
+
+
 @pytest.mark.usefixtures("fresh_compile")
 def test_autocast_inside_compile(quick: Target) -> None:
     layer = nn.Sequential(nn.Linear(8, 8), pyops.nn.LayerNorm(8, backend=quick.name), nn.Linear(8, 8))
@@ -757,6 +793,47 @@ def test_jagged_tensor() -> None:
     x = torch.nested.nested_tensor([torch.randn(2, 8), torch.randn(3, 8)], layout=torch.jagged)
     module = pyops.nn.LayerNorm(8)
     assert torch.equal(module(x).values(), F.layer_norm(x, (8,), module.weight, module.bias).values())
+
+
+def test_jagged_tensor_options() -> None:
+    """What torch's operator cannot express is refused."""
+    x = torch.nested.nested_tensor([torch.randn(2, 8), torch.randn(3, 8)], layout=torch.jagged)
+    weight = torch.randn(8)
+    result = pyops.layer_norm(x, 8, weight, zero_centred=True)
+    assert torch.equal(result.values(), F.layer_norm(x, (8,), weight + 1).values())
+    with pytest.raises(TypeError, match=r"^add_layer_norm: x must be a strided tensor, got a jagged one"):
+        pyops.add_layer_norm(x, x)
+
+
+def test_jit_trace() -> None:
+    """A trace holds torch's own operators: it can be saved, and gives what the eager call gives."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = pyops.nn.LayerNorm(8), pyops.nn.RMSNorm(8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y, total = pyops.add_layer_norm(self.first(x), x)
+            return self.second(y) + total
+
+    block, x = Block(), torch.randn(3, 8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.jit is deprecated; it warns of Python values too
+        traced = torch.jit.trace(block, torch.randn(3, 8))
+        buffer = io.BytesIO()
+        torch.jit.save(traced, buffer)
+    torch.testing.assert_close(traced(x), block(x))
+
+
+def test_fx_keeps_calls_as_nodes() -> None:
+    model = nn.Sequential(pyops.nn.LayerNorm(8), pyops.nn.RMSNorm(8))
+    graph = torch.fx.Tracer()
+    graph.is_leaf_module = lambda *_: False
+    traced = torch.fx.GraphModule(model, graph.trace(model))
+    assert {n.target.__name__ for n in traced.graph.nodes if n.op == "call_function"} == {"layer_norm", "rms_norm"}
+    x = torch.randn(3, 8)
+    assert torch.equal(traced(x), model(x))
 
 
 def test_expanded_gradient(kernels: Target) -> None:

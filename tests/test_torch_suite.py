@@ -79,7 +79,7 @@ def judge_sample(oracle: Oracle, target: Target, name: str, sample: Any) -> None
     t["dy"] = incoming(x)
     eps = given.get("eps")
     if eps is None:
-        eps = 1e-5 if "layer" in name else torch.finfo(x.dtype).eps
+        eps = 1e-5 if "layer" in name else torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps
     case = Case(
         op=name.split(".")[-1].removeprefix("native_"), shape=tuple(x.shape), dtype=x.dtype, dims=len(shape), eps=eps
     )

@@ -160,7 +160,7 @@ void forward_rows(const LayerNormFwdParams<T, W>& p, Affine<A> a, Range range) {
       sum = row_sum(h, p.C);
     }
     const Statistics<A> s = statistics(h, sum, p.C, p.eps, p.rms);
-    normalise_row<kAffine>(h, p.y + r * p.C, s, a, p.C, p.x + (r + 1) * p.x_stride);
+    if (p.y != nullptr) normalise_row<kAffine>(h, p.y + r * p.C, s, a, p.C, p.x + (r + 1) * p.x_stride);
     if (p.mean != nullptr) p.mean[r] = s.mean + s.correction;
     if (p.rstd != nullptr) p.rstd[r] = s.rstd;
   }
@@ -178,7 +178,7 @@ template <int NV, bool kAffine, typename T, typename W, typename Lanes, typename
 void forward_tile(const LayerNormFwdParams<T, W>& p, Affine<A> a, int64_t image, int64_t pixel, Lanes lanes) {
   constexpr int L = kLanes<A>;
   const T* x = p.x + image * p.C * p.P + pixel;
-  T* y = p.y + image * p.C * p.P + pixel;
+  T* y = p.y != nullptr ? p.y + image * p.C * p.P + pixel : nullptr;
   Vec<A> mean[NV]{}, first[NV]{}, second[NV]{}, rstd[NV];
   if (!p.rms) {
     for_each_channel_block(p.C, [&](int64_t begin, int64_t end) {
@@ -212,7 +212,7 @@ void forward_tile(const LayerNormFwdParams<T, W>& p, Affine<A> a, int64_t image,
       rstd[v][i] = A{1} / sqrt_of<A>((square[i] < __builtin_inf() ? finite[i] : square[i]) + p.eps);
     }
   }
-  for (int64_t c = 0; c < p.C; ++c) {
+  for (int64_t c = 0; p.y != nullptr && c < p.C; ++c) {
     for (int v = 0; v < NV; ++v) {
       Vec<A> out = ((load(x + c * p.P + v * L, lanes) - mean[v]) - first[v]) * rstd[v];
       if constexpr (kAffine) out = out * a.weight[c] + a.bias[c];

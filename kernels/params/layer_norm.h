@@ -1,7 +1,7 @@
 // What one layer_norm call needs. R rows (flattened leading dimensions), C features.
 //
 //   h    = x                                     without residual
-//   h    = dropout(x, p) + residual              with residual
+//   h    = dropout(x, p) + residual              with residual; dropout(x, p) and h are each rounded to T
 //   xhat = (h - mean) * rstd                     LayerNorm: mean over C, rstd = 1 / sqrt(var + eps)
 //   xhat = h * rstd                              RMSNorm:   rstd = 1 / sqrt(mean(h^2) + eps)
 //   y    = xhat * (weight_offset + weight) + bias
@@ -24,7 +24,7 @@ struct LayerNormFwdParams {
   const W* weight;      // [C] or null: all ones (weight_offset is then ignored)
   const W* bias;        // [C] or null: zeros
   const int64_t* seed;  // [2], on the device of x; null without dropout
-  T* y;                 // [R, C]
+  T* y;                 // [R, C]; null on the CPU only: statistics alone
   T* sum;               // [R, C] h; null without residual
   acc_t<T>* mean;       // [R] or null; null for RMSNorm
   acc_t<T>* rstd;       // [R] or null

@@ -77,11 +77,12 @@ def _load_hidden(
     x_ptr, residual_ptr, seed_ptr, sum_ptr, x_offset, residual_offset, sum_offset, row, c0, mask,
     dropout_scale, drop_threshold, ACC: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """h of one tile, after rounding to the type of x; with a residual it is stored to sum."""
+    """h of one tile, rounded to the type of x like dropout(x) before it; with a residual it is stored to sum."""
     h = tl.load(x_ptr + x_offset, mask=mask, other=0).to(ACC)
     if residual_ptr is not None:
         if seed_ptr is not None:
             h = tl.where(_keep(seed_ptr, row, c0, drop_threshold, BLOCK_C), h * dropout_scale, 0.0)
+            h = _cast(h, x_ptr.dtype.element_ty).to(ACC)
         h += tl.load(residual_ptr + residual_offset, mask=mask, other=0).to(ACC)
         rounded = _cast(h, x_ptr.dtype.element_ty)
         tl.store(sum_ptr + sum_offset, rounded, mask=mask)
