@@ -130,8 +130,9 @@ __attribute__((noinline)) A add_row(const T* x, const T* residual, const uint32_
   return total<A>(sums);
 }
 
-template <bool kAffine, typename T, typename A = acc_t<T>>
-PYOPS_INLINE void normalise_row(const T* h, T* y, const Statistics<A>& s, Affine<A> a, int64_t C, const T* next) {
+template <bool kAffine, bool kStream, typename T, typename A = acc_t<T>>
+__attribute__((noinline)) void normalise_row(const T* h, T* y, const Statistics<A>& s, Affine<A> a, int64_t C,
+                                             const T* next) {
   const A shift = -s.correction * s.rstd;
   for_each_pair<A>(C, [&](int64_t c, auto lanes, int) PYOPS_ALWAYS_INLINE {
     prefetch_pair(next + c);
@@ -141,12 +142,13 @@ PYOPS_INLINE void normalise_row(const T* h, T* y, const Statistics<A>& s, Affine
       const Pair<A> w = load_pair(a.weight + c, Full{}), b = load_pair(a.bias + c, Full{});
       v = {v.lo * w.lo + b.lo, v.hi * w.hi + b.hi};
     }
-    store_pair(y + c, v, lanes);
+    put_pair<kStream>(y + c, v, lanes);
   });
 }
 
 template <bool kAffine, typename T, typename W, typename A = acc_t<T>>
-void forward_rows(const LayerNormFwdParams<T, W>& p, Affine<A> a, Range range) {
+void forward_rows(const LayerNormFwdParams<T, W>& p, Affine<A> a, Range range, bool stream) {
+  const auto normalise = stream ? normalise_row<kAffine, true, T> : normalise_row<kAffine, false, T>;
   Scratch<uint32_t> keep(p.seed ? padded<float>(p.C) + 2 * kLanes<uint32_t> : 0);
   for (int64_t r = range.begin; r < range.end; ++r) {
     const T* h = p.x + r * p.x_stride;
@@ -160,10 +162,11 @@ void forward_rows(const LayerNormFwdParams<T, W>& p, Affine<A> a, Range range) {
       sum = row_sum(h, p.C);
     }
     const Statistics<A> s = statistics(h, sum, p.C, p.eps, p.rms);
-    if (p.y != nullptr) normalise_row<kAffine>(h, p.y + r * p.C, s, a, p.C, p.x + (r + 1) * p.x_stride);
+    if (p.y != nullptr) normalise(h, p.y + r * p.C, s, a, p.C, p.x + (r + 1) * p.x_stride);
     if (p.mean != nullptr) p.mean[r] = s.mean + s.correction;
     if (p.rstd != nullptr) p.rstd[r] = s.rstd;
   }
+  if (stream) end_stream();
 }
 
 // ---- channels first: NV vectors of neighbouring pixels, all C ----
@@ -256,7 +259,11 @@ int64_t tile_blocks(int64_t R, int64_t P) {
 
 template <bool kAffine, typename T, typename W, typename A = acc_t<T>>
 void forward_share(const LayerNormFwdParams<T, W>& p, Affine<A> a, int index, int count) {
-  if (p.P == 1) return forward_rows<kAffine>(p, a, share(p.R, index, count));
+  if (p.P == 1) {
+    const int64_t bytes = (p.residual != nullptr ? 4 : 2) * p.R * p.C * static_cast<int64_t>(sizeof(T));
+    const bool stream = outgrows_cache(bytes, count) && is_streamable(p.y, p.C);
+    return forward_rows<kAffine>(p, a, share(p.R, index, count), stream);
+  }
   for_each_tile<A>(p.P, share(tile_blocks<A>(p.R, p.P), index, count),
                    [&](auto vectors, int64_t image, int64_t pixel, auto lanes) {
                      forward_tile<vectors.count, kAffine>(p, a, image, pixel, lanes);
@@ -275,41 +282,75 @@ PYOPS_INLINE Vec<A> normalised(Vec<A> saved, Vec<A> mean, Vec<A> rstd, Vec<A> we
   }
 }
 
-// kRows rows at once, with centred(saved) * scale = xhat. dweight and dbias run along, in T's order.
-template <int kRows, bool kFromOutput, bool kParamGrads, typename T, typename W, typename A = acc_t<T>>
-PYOPS_INLINE void backward_rows(const LayerNormBwdParams<T, W>& p, Affine<A> a, int64_t r, A* dweight, A* dbias,
-                                uint32_t* keep) {
-  const T *dy[kRows], *saved[kRows];
-  A mean[kRows], rstd[kRows], scale[kRows];
-  Vec<A> sum_g[kRows]{}, sum_gx[kRows]{};
-  for (int i = 0; i < kRows; ++i) {
-    dy[i] = p.dy + (r + i) * p.dy_stride;
-    saved[i] = p.saved + (r + i) * p.saved_stride;
-    mean[i] = p.mean != nullptr ? p.mean[r + i] : A{0};
-    rstd[i] = p.rstd[r + i];
-    scale[i] = kFromOutput ? A{1} : rstd[i];
-  }
-  const auto centred = [&](Pair<A> v, int i, int64_t c) PYOPS_ALWAYS_INLINE -> Pair<A> {
+// A row of backward, with centred(saved) * scale = xhat.
+template <bool kFromOutput, typename T, typename A = acc_t<T>>
+struct BackwardRow {
+  const T* dy;
+  const T* saved;
+  A mean, rstd, scale;
+
+  PYOPS_INLINE Pair<A> centred(Affine<A> a, int64_t c, auto lanes) const {
+    const Pair<A> v = load_pair(saved + c, lanes);
     if constexpr (kFromOutput) {
       const Pair<A> w = load_pair(a.weight + c, Full{}), b = load_pair(a.bias + c, Full{});
       return {(v.lo - b.lo) / w.lo, (v.hi - b.hi) / w.hi};
     } else {
-      return {v.lo - mean[i], v.hi - mean[i]};
+      return {v.lo - mean, v.hi - mean};
     }
-  };
+  }
+};
+
+// dx and dresidual of row r: dh = rstd g - from_g - from_gx xhat (xhat is formed first, because rstd^3 would underflow
+// for large x).
+template <bool kStream, bool kFromOutput, typename T, typename W, typename A = acc_t<T>>
+__attribute__((noinline)) void input_gradients(const LayerNormBwdParams<T, W>& p, Affine<A> a, int64_t r,
+                                               const BackwardRow<kFromOutput, T>& row, A from_g, A from_gx,
+                                               uint32_t* keep) {
+  const T* dsum = p.dsum != nullptr ? p.dsum + r * p.dsum_stride : nullptr;
+  T* dx = p.dx != nullptr ? p.dx + r * p.C : nullptr;
+  T* dresidual = p.dresidual != nullptr ? p.dresidual + r * p.C : nullptr;
+  const bool drop = p.seed != nullptr;
+  if (drop && dx != nullptr) dropout_row(keep, p.seed, r, p.C, p.drop_threshold);
+  for_each_pair<A>(p.C, [&](int64_t c, auto lanes, int) PYOPS_ALWAYS_INLINE {
+    const Pair<A> w = load_pair(a.weight + c, Full{}), d = load_pair(row.dy + c, lanes);
+    const Pair<A> x = row.centred(a, c, lanes);
+    Pair<A> dh{d.lo * w.lo * row.rstd - from_g - x.lo * row.scale * from_gx,
+               d.hi * w.hi * row.rstd - from_g - x.hi * row.scale * from_gx};
+    if (dsum != nullptr) {
+      const Pair<A> s = load_pair(dsum + c, lanes);
+      dh = {dh.lo + s.lo, dh.hi + s.hi};
+    }
+    if (dresidual != nullptr) put_pair<kStream>(dresidual + c, dh, lanes);
+    if (dx == nullptr) return;
+    if (drop) dh = select<T>(keep + c, {dh.lo * p.dropout_scale, dh.hi * p.dropout_scale});
+    put_pair<kStream>(dx + c, dh, lanes);
+  });
+}
+
+// kRows rows at once. dweight and dbias run along, in T's order.
+template <int kRows, bool kFromOutput, bool kParamGrads, typename T, typename W, typename A = acc_t<T>>
+PYOPS_INLINE void backward_rows(const LayerNormBwdParams<T, W>& p, Affine<A> a, int64_t r, A* dweight, A* dbias,
+                                uint32_t* keep, bool stream) {
+  BackwardRow<kFromOutput, T> row[kRows];
+  Vec<A> sum_g[kRows]{}, sum_gx[kRows]{};
+  for (int i = 0; i < kRows; ++i) {
+    const A rstd = p.rstd[r + i];
+    row[i] = {p.dy + (r + i) * p.dy_stride, p.saved + (r + i) * p.saved_stride,
+              p.mean != nullptr ? p.mean[r + i] : A{0}, rstd, kFromOutput ? A{1} : rstd};
+  }
   for_each_pair<A>(p.C, [&](int64_t c, auto lanes, int) PYOPS_ALWAYS_INLINE {
     const Pair<A> w = load_pair(a.weight + c, Full{});
     Pair<A> dw, db;
     for (int i = 0; i < kRows; ++i) {
-      const Pair<A> d = load_pair(dy[i] + c, lanes);
-      const Pair<A> x = inside_pair<T>(centred(load_pair(saved[i] + c, lanes), i, c), lanes);
+      const Pair<A> d = load_pair(row[i].dy + c, lanes);
+      const Pair<A> x = inside_pair<T>(row[i].centred(a, c, lanes), lanes);
       const Vec<A> g_lo = d.lo * w.lo, g_hi = d.hi * w.hi;
       sum_g[i] += g_lo;
       sum_gx[i] += g_lo * x.lo;
       sum_g[i] += g_hi;
       sum_gx[i] += g_hi * x.hi;
-      dw.lo += d.lo * scale[i] * x.lo;
-      dw.hi += d.hi * scale[i] * x.hi;
+      dw.lo += d.lo * row[i].scale * x.lo;
+      dw.hi += d.hi * row[i].scale * x.hi;
       db.lo += d.lo;
       db.hi += d.hi;
     }
@@ -320,42 +361,28 @@ PYOPS_INLINE void backward_rows(const LayerNormBwdParams<T, W>& p, Affine<A> a, 
     }
   });
   if (p.dx == nullptr && p.dresidual == nullptr) return;
-  const bool drop = p.seed != nullptr;
+  const auto finish = stream ? input_gradients<true, kFromOutput, T, W> : input_gradients<false, kFromOutput, T, W>;
   for (int i = 0; i < kRows; ++i) {
-    // dh = rstd g - from_g - from_gx xhat; xhat is formed first, because rstd^3 would underflow for large x.
-    const A from_g = p.rms ? A{0} : rstd[i] * (reduce_add<A>(sum_g[i]) / p.C);
-    const A from_gx = rstd[i] * (scale[i] * reduce_add<A>(sum_gx[i]) / p.C);
-    const T* dsum = p.dsum != nullptr ? p.dsum + (r + i) * p.dsum_stride : nullptr;
-    T* dx = p.dx != nullptr ? p.dx + (r + i) * p.C : nullptr;
-    T* dresidual = p.dresidual != nullptr ? p.dresidual + (r + i) * p.C : nullptr;
-    if (drop && dx != nullptr) dropout_row(keep, p.seed, r + i, p.C, p.drop_threshold);
-    for_each_pair<A>(p.C, [&](int64_t c, auto lanes, int) PYOPS_ALWAYS_INLINE {
-      const Pair<A> w = load_pair(a.weight + c, Full{}), d = load_pair(dy[i] + c, lanes);
-      const Pair<A> x = centred(load_pair(saved[i] + c, lanes), i, c);
-      Pair<A> dh{d.lo * w.lo * rstd[i] - from_g - x.lo * scale[i] * from_gx,
-                 d.hi * w.hi * rstd[i] - from_g - x.hi * scale[i] * from_gx};
-      if (dsum != nullptr) {
-        const Pair<A> s = load_pair(dsum + c, lanes);
-        dh = {dh.lo + s.lo, dh.hi + s.hi};
-      }
-      if (dresidual != nullptr) store_pair(dresidual + c, dh, lanes);
-      if (dx == nullptr) return;
-      if (drop) dh = select<T>(keep + c, {dh.lo * p.dropout_scale, dh.hi * p.dropout_scale});
-      store_pair(dx + c, dh, lanes);
-    });
+    const A from_g = p.rms ? A{0} : row[i].rstd * (reduce_add<A>(sum_g[i]) / p.C);
+    const A from_gx = row[i].rstd * (row[i].scale * reduce_add<A>(sum_gx[i]) / p.C);
+    finish(p, a, r + i, row[i], from_g, from_gx, keep);
   }
 }
 
 constexpr int kBlockRows = 4;
 
 template <bool kFromOutput, bool kParamGrads, typename T, typename W, typename A = acc_t<T>>
-void backward_row_share(const LayerNormBwdParams<T, W>& p, Affine<A> a, Range range, A* dweight, A* dbias) {
+void backward_row_share(const LayerNormBwdParams<T, W>& p, Affine<A> a, Range range, A* dweight, A* dbias,
+                        bool stream) {
   Scratch<uint32_t> keep(p.seed ? padded<float>(p.C) + 2 * kLanes<uint32_t> : 0);
   int64_t r = range.begin;
   for (; r + kBlockRows <= range.end; r += kBlockRows) {
-    backward_rows<kBlockRows, kFromOutput, kParamGrads>(p, a, r, dweight, dbias, keep.get());
+    backward_rows<kBlockRows, kFromOutput, kParamGrads>(p, a, r, dweight, dbias, keep.get(), stream);
   }
-  for (; r < range.end; ++r) backward_rows<1, kFromOutput, kParamGrads>(p, a, r, dweight, dbias, keep.get());
+  for (; r < range.end; ++r) {
+    backward_rows<1, kFromOutput, kParamGrads>(p, a, r, dweight, dbias, keep.get(), stream);
+  }
+  if (stream) end_stream();
 }
 
 // dweight and dbias are kept as vectors over the pixel lanes, [C] of them each, and folded at the end.
@@ -433,7 +460,10 @@ void backward_share(const LayerNormBwdParams<T, W>& p, Affine<A> a, A* partial, 
     return;
   }
   for (int64_t i = 0; kParamGrads && i < 2 * padded<A>(p.C); ++i) dweight[i] = 0;
-  backward_row_share<kFromOutput, kParamGrads>(p, a, share(p.R, index, count), dweight, dbias);
+  const int64_t tensors = 2 + (p.dsum != nullptr) + (p.dx != nullptr) + (p.dresidual != nullptr);
+  const bool stream = outgrows_cache(tensors * p.R * p.C * static_cast<int64_t>(sizeof(T)), count) &&
+                      is_streamable(p.dx, p.C) && is_streamable(p.dresidual, p.C);
+  backward_row_share<kFromOutput, kParamGrads>(p, a, share(p.R, index, count), dweight, dbias, stream);
 }
 
 // dweight[c] = sum over the threads' partial sums, in thread order, for this thread's share of the columns.

@@ -18,6 +18,10 @@ inline int useful_threads(int64_t elements, int64_t tasks, int num_threads) {
   return n < 1 ? 1 : static_cast<int>(n);
 }
 
+// Whether a call that moves this many bytes leaves nothing of its output in the cache for the next one. Measured with a
+// reader behind the kernel: below, streaming costs the reader more than it saves (bench/notes/layer_norm.md).
+inline bool outgrows_cache(int64_t bytes, int threads) { return bytes / threads > 16 << 20; }
+
 // Runs f(index, count) on each of `threads` threads; a single one is the caller, without entering OpenMP.
 template <typename F>
 PYOPS_INLINE void in_parallel(int threads, F&& f) {

@@ -261,10 +261,14 @@ PYOPS_INLINE U32 round_to_upper(Vec<float> v) {
   return v != v ? bits | 0x400000u : bits + 0x7fff + ((bits >> 16) & 1);
 }
 
+PYOPS_INLINE U32 bf16_pair(Pair<float> v) {
+  return (round_to_upper(v.lo) >> 16) | (round_to_upper(v.hi) & 0xffff0000u);
+}
+
 template <typename T>
 PYOPS_INLINE void store_pair(T* p, Pair<acc_t<T>> v, Full) {
   if constexpr (kSplitsEvenOdd<T>) {
-    const U32 raw = (round_to_upper(v.lo) >> 16) | (round_to_upper(v.hi) & 0xffff0000u);
+    const U32 raw = bf16_pair(v);
     __builtin_memcpy(p, &raw, sizeof(raw));
   } else {
     store(p, v.lo, Full{});
@@ -277,6 +281,51 @@ PYOPS_INLINE void store_pair(T* p, Pair<acc_t<T>> v, Partial lanes) {
   alignas(kVectorBytes) T columns[2 * L];
   store_pair(columns, v, Full{});
   __builtin_memcpy(p, columns, lanes.n * sizeof(T));
+}
+
+// ---- stores past the cache ----
+//
+// A plain store first reads the line that it fills. Where an output will be out of the cache before it is read again,
+// these save that read; elsewhere they cost the reader more than they saved (bench/notes/layer_norm.md).
+
+template <typename V>
+PYOPS_INLINE void stream_raw(void* p, const V& raw) {  // p aligned to sizeof(V)
+#if defined(__x86_64__)
+#if PYOPS_VECTOR_BYTES >= 64
+  if constexpr (sizeof(V) == 64) return _mm512_stream_si512(static_cast<__m512i*>(p), bit_cast<__m512i>(raw));
+#endif
+#if PYOPS_VECTOR_BYTES >= 32
+  if constexpr (sizeof(V) == 32) return _mm256_stream_si256(static_cast<__m256i*>(p), bit_cast<__m256i>(raw));
+#endif
+  if constexpr (sizeof(V) == 16) return _mm_stream_si128(static_cast<__m128i*>(p), bit_cast<__m128i>(raw));
+  if constexpr (sizeof(V) == 8) return _mm_stream_si64(static_cast<long long*>(p), bit_cast<long long>(raw));
+#endif
+  __builtin_memcpy(p, &raw, sizeof(raw));
+}
+
+template <bool kStream, typename T, typename Lanes>
+PYOPS_INLINE void put_pair(T* p, Pair<acc_t<T>> v, Lanes lanes) {
+  if constexpr (!kStream || sizeof(Lanes) != sizeof(Full)) {
+    store_pair(p, v, lanes);
+  } else if constexpr (kSplitsEvenOdd<T>) {
+    stream_raw(p, bf16_pair(v));
+  } else {
+    stream_raw(p, narrow(v.lo, T{}));
+    stream_raw(p + kLanes<acc_t<T>>, narrow(v.hi, T{}));
+  }
+}
+
+// Whether rows of C elements from p on may be streamed.
+template <typename T>
+inline bool is_streamable(const T* p, int64_t C) {
+  return (reinterpret_cast<uintptr_t>(p) | static_cast<uintptr_t>(C * sizeof(T))) % kVectorBytes == 0;
+}
+
+// Streamed stores before this are seen by other threads before what follows.
+inline void end_stream() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
 }
 
 // Zero beyond the row, in T's order.
