@@ -251,10 +251,10 @@ struct Config {
   bool rms, from_output;
 };
 
-// The layout of a dense tensor: C features, P pixels per image (1 for rows).
+// The layout of a dense tensor, or of a matrix with dense rows: C features, P pixels per image (1 for rows).
 struct Layout {
   int64_t C = 1, P = 1;
-  bool channels_last = false;
+  bool channels_last = false, strided = false;
 };
 
 bool is_channels_last(const TensorView& v) {
@@ -267,12 +267,14 @@ bool is_channels_last(const TensorView& v) {
   return true;
 }
 
-// False for a tensor that is not dense, or has too few dimensions (a hook may unpack anything in backward).
+// False for any other, and for too few dimensions (a hook may unpack anything in backward).
 bool find_layout(const TensorView& x, const Config& c, Layout& layout) {
   if (x.t.ndim < (c.channels_first ? 3 : c.dims)) return false;
   const bool contiguous = x.is_contiguous();
   layout.channels_last = c.channels_first && !contiguous && is_channels_last(x);
-  if (!contiguous && !layout.channels_last) return false;
+  layout.strided =
+      !contiguous && !c.channels_first && x.t.ndim == 2 && c.dims == 1 && x.stride(1) == 1 && x.stride(0) >= x.size(1);
+  if (!contiguous && !layout.channels_last && !layout.strided) return false;
   if (c.channels_first) {
     layout.C = x.size(x.t.ndim - 3);
     if (!layout.channels_last) layout.P = x.size(x.t.ndim - 2) * x.size(x.t.ndim - 1);
@@ -282,14 +284,20 @@ bool find_layout(const TensorView& x, const Config& c, Layout& layout) {
   return true;
 }
 
-bool has_layout(const TensorView& v, const Layout& layout) {
-  return layout.channels_last ? is_channels_last(v) : v.is_contiguous();
+// Views a gradient in the layout of its dense output, copied where it has another one. False for one that is not plain.
+bool view_gradient(py::object& grad, const Layout& layout, TensorView& view) {
+  if (!view_plain(grad.ptr(), view)) return false;
+  if (!view || (layout.channels_last ? is_channels_last(view) : view.is_contiguous())) return true;
+  if (layout.channels_last) return false;
+  grad = contiguous(grad);
+  return view_plain(grad.ptr(), view);
 }
 
 // The memory of a dense tensor as one dimension: what the leaves check against R and C.
 class Flat {
  public:
-  explicit Flat(const TensorView& v) : view_(v), size_(v.numel()) {
+  explicit Flat(const TensorView& v, bool leave = false) : view_(v), size_(v.numel()) {
+    if (leave) return;
     view_.t.ndim = 1;
     view_.t.shape = &size_;
     view_.t.strides = &one_;
@@ -406,29 +414,28 @@ py::object layer_norm_forward(py::handle x, py::handle residual, py::handle shap
     rstd = stats_row(stats_view, alone ? 0 : 1);
     if (!alone) mean = stats_row(stats_view, 0);
   }
-  layer_norm_fwd(Flat(xv), rv, wv, bv, view(seed), Flat(view(y)), view(sum), mean, rstd, layout.C, layout.P, c.eps,
-                 c.weight_offset, c.p, c.rms, num_threads);
+  layer_norm_fwd(Flat(xv, layout.strided), rv, wv, bv, view(seed), Flat(view(y)), view(sum), mean, rstd, layout.C,
+                 layout.P, c.eps, c.weight_offset, c.p, c.rms, num_threads);
   if (grad) return py::make_tuple(std::move(y), std::move(sum), std::move(stats), std::move(seed));
   if (rv) return py::make_tuple(std::move(y), std::move(sum));
   return y;
 }
 
-// (None, dx, dresidual, dweight, dbias) of such a call, what LayerNormDirectFunction.backward returns, or None when an
-// incoming gradient is not plain and dense. grads: of y, and of sum; saved: h or y, weight, bias, stats, seed; needs:
+// (None, dx, dresidual, dweight, dbias) of such a call, what LayerNormDirectFunction.backward returns, or None when a
+// tensor is not plain or dense. grads: of y, and of sum; saved: h or y, weight, bias, stats, seed; needs:
 // needs_input_grad, whose first entry is no tensor's.
 py::object layer_norm_backward(const py::tuple& grads, const py::tuple& saved, const py::tuple& config,
                                const py::tuple& needs, int num_threads) {
   TensorView dy, dsum, h, weight, bias, stats, seed;
   Layout layout;
   const Config c(config);
-  if (!(view_plain(grads[0].ptr(), dy) && view_again(saved[0].ptr(), h) && view_again(saved[1].ptr(), weight) &&
-        view_again(saved[2].ptr(), bias) && view_again(saved[3].ptr(), stats) && view_again(saved[4].ptr(), seed))) {
+  if (!(view_again(saved[0].ptr(), h) && view_again(saved[1].ptr(), weight) && view_again(saved[2].ptr(), bias) &&
+        view_again(saved[3].ptr(), stats) && view_again(saved[4].ptr(), seed) && h && find_layout(h, c, layout))) {
     return py::none();
   }
-  if (grads.size() == 2 && (c.from_output ? !grads[1].is_none() : !view_plain(grads[1].ptr(), dsum))) return py::none();
-  const auto dense = [&](const TensorView& v) { return v && has_layout(v, layout); };
-  if (!h || !find_layout(h, c, layout) || !dense(dy) || (dsum && !dense(dsum)) ||
-      (stats && (stats.t.ndim == 0 || !stats.is_contiguous()))) {
+  py::object dy_held = grads[0], dsum_held = grads.size() == 2 ? py::object(grads[1]) : py::none();
+  if ((c.from_output && !dsum_held.is_none()) || !view_gradient(dy_held, layout, dy) || !dy ||
+      !view_gradient(dsum_held, layout, dsum) || (stats && (stats.t.ndim == 0 || !stats.is_contiguous()))) {
     return py::none();
   }
   const TensorView none;
@@ -442,8 +449,8 @@ py::object layer_norm_backward(const py::tuple& grads, const py::tuple& saved, c
     computed.emplace(h, h.numel() / layout.C);
     rstd = computed->rstd;
     if (!c.rms) mean = computed->mean;
-    layer_norm_fwd(Flat(h), none, none, none, none, none, none, mean, rstd, layout.C, layout.P, c.eps, 0.0, 0.0, c.rms,
-                   num_threads);
+    layer_norm_fwd(Flat(h, layout.strided), none, none, none, none, none, none, mean, rstd, layout.C, layout.P, c.eps,
+                   0.0, 0.0, c.rms, num_threads);
   }
   const auto needed = [&](int i) { return needs[i].ptr() == Py_True; };
   const bool drop = bool(seed);
@@ -453,9 +460,9 @@ py::object layer_norm_backward(const py::tuple& grads, const py::tuple& saved, c
   py::object dresidual = needed(2) && drop ? empty_like(saved[0]) : py::none();
   py::object dweight = needed(3) ? empty_like(param) : py::none();
   py::object dbias = needed(4) ? empty_like(param) : py::none();
-  layer_norm_bwd(Flat(dy), dsum, Flat(h), weight, bias, mean, rstd, seed, Flat(view(dx)), view(dresidual),
-                 view(dweight), view(dbias), none, layout.C, layout.P, c.weight_offset, c.p, c.rms, c.from_output,
-                 num_threads);
+  layer_norm_bwd(Flat(dy), dsum, Flat(h, layout.strided), weight, bias, mean, rstd, seed, Flat(view(dx)),
+                 view(dresidual), view(dweight), view(dbias), none, layout.C, layout.P, c.weight_offset, c.p, c.rms,
+                 c.from_output, num_threads);
   if (needed(2) && !drop) dresidual = dx;
   if (!needed(1)) dx = py::none();
   return py::make_tuple(py::none(), std::move(dx), std::move(dresidual), std::move(dweight), std::move(dbias));

@@ -15,6 +15,7 @@ struct TorchObjects {
   PyObject* parameter = nullptr;      // torch.nn.Parameter
   PyObject* is_neg = nullptr;         // torch.Tensor.is_neg
   PyObject* is_zerotensor = nullptr;  // torch.Tensor._is_zerotensor
+  PyObject* contiguous = nullptr;     // torch.Tensor.contiguous
   PyObject* empty_like = nullptr;
   PyObject* empty = nullptr;
   PyObject* float32 = nullptr;
@@ -66,6 +67,12 @@ inline TensorView view(pybind11::handle src) { return src.cast<TensorView>(); }
 // torch.empty_like(src), of a contiguous tensor.
 inline pybind11::object empty_like(pybind11::handle src) {
   PyObject* out = PyObject_CallOneArg(torch_objects.empty_like, src.ptr());
+  if (out == nullptr) throw pybind11::error_already_set();
+  return pybind11::reinterpret_steal<pybind11::object>(out);
+}
+
+inline pybind11::object contiguous(pybind11::handle src) {
+  PyObject* out = PyObject_CallOneArg(torch_objects.contiguous, src.ptr());
   if (out == nullptr) throw pybind11::error_already_set();
   return pybind11::reinterpret_steal<pybind11::object>(out);
 }

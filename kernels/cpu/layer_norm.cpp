@@ -34,7 +34,7 @@ PYOPS_INLINE A total(const Pair<A> (&sums)[2]) {
   return reduce_add<A>((sums[0].lo + sums[0].hi) + (sums[1].lo + sums[1].hi));
 }
 
-// weight_offset + weight and bias in the accumulation type, up to whole pairs; a missing one is filled in.
+// weight_offset + weight and bias in the accumulation type and in T's order, up to whole pairs.
 template <typename A>
 struct Affine {
   const A* weight;
@@ -67,8 +67,20 @@ Affine<A> affine(const W* weight, const W* bias, A weight_offset, int64_t C, A* 
   return {w, b};
 }
 
+// Whether the parameters serve as they lie. A bias that is not read may be missing.
 template <typename T, typename Params, typename A = acc_t<T>>
-Affine<A> affine_of(const Params& p, A* scratch) {
+bool affine_in_place(const Params& p, bool reads_bias) {
+  const bool in_order = !kSplitsEvenOdd<T> || p.P > 1;
+  return sizeof(*p.weight) == sizeof(A) && in_order && p.C % (2 * kLanes<A>) == 0 && p.weight != nullptr &&
+         p.weight_offset == 0 && (p.bias != nullptr || !reads_bias);
+}
+
+// `scratch` has 2 padded(C) elements, or none where affine_in_place. A missing parameter is filled in.
+template <typename T, typename Params, typename A = acc_t<T>>
+Affine<A> affine_of(const Params& p, bool reads_bias, A* scratch) {
+  if constexpr (sizeof(*p.weight) == sizeof(A)) {
+    if (affine_in_place<T>(p, reads_bias)) return {p.weight, p.bias};
+  }
   return p.P > 1 ? affine<A>(p.weight, p.bias, p.weight_offset, p.C, scratch)
                  : affine<T>(p.weight, p.bias, p.weight_offset, p.C, scratch);
 }
@@ -399,7 +411,7 @@ void backward_tile(const LayerNormBwdParams<T, W>& p, Affine<A> a, int64_t image
   for_each_channel_block(p.C, [&](int64_t begin, int64_t end) {
     Vec<A> block_g[NV]{}, block_gx[NV]{};
     for (int64_t c = begin; c < end; ++c) {
-      const Vec<A> w = splat(a.weight[c]), b = splat(a.bias[c]);
+      const Vec<A> w = splat(a.weight[c]), b = kFromOutput ? splat(a.bias[c]) : Vec<A>{};
       Vec<A> dw{}, db{};
       for (int v = 0; v < NV; ++v) {
         const int64_t at = offset + c * p.P + v * L;
@@ -428,7 +440,7 @@ void backward_tile(const LayerNormBwdParams<T, W>& p, Affine<A> a, int64_t image
     sum_gx[v] /= splat<A>(p.C);
   }
   for (int64_t c = 0; c < p.C; ++c) {
-    const Vec<A> w = splat(a.weight[c]), b = splat(a.bias[c]);
+    const Vec<A> w = splat(a.weight[c]), b = kFromOutput ? splat(a.bias[c]) : Vec<A>{};
     for (int v = 0; v < NV; ++v) {
       const int64_t at = offset + c * p.P + v * L;
       const Vec<A> xhat = normalised<kFromOutput, A>(load(p.saved + at, lanes), mean[v], rstd[v], w, b);
@@ -504,9 +516,9 @@ template <typename T, typename W>
 void layer_norm_fwd_cpu(const LayerNormFwdParams<T, W>& params) {
   using A = acc_t<T>;
   const bool has_affine = params.weight != nullptr || params.bias != nullptr;
-  Scratch<A> scratch(has_affine ? 2 * padded<A>(params.C) : 0);
+  Scratch<A> scratch(has_affine && !affine_in_place<T>(params, true) ? 2 * padded<A>(params.C) : 0);
   Affine<A> a{};
-  if (has_affine) a = affine_of<T>(params, scratch.get());
+  if (has_affine) a = affine_of<T>(params, true, scratch.get());
   const int64_t tasks = params.P > 1 ? tile_blocks<A>(params.R, params.P) : params.R;
   const int threads = useful_threads(params.R * params.C, tasks, params.num_threads);
   in_parallel(threads, [&](int index, int count) {
@@ -521,8 +533,8 @@ void layer_norm_fwd_cpu(const LayerNormFwdParams<T, W>& params) {
 template <typename T, typename W>
 void layer_norm_bwd_cpu(const LayerNormBwdParams<T, W>& params) {
   using A = acc_t<T>;
-  Scratch<A> scratch(2 * padded<A>(params.C));
-  const Affine<A> a = affine_of<T>(params, scratch.get());
+  Scratch<A> scratch(affine_in_place<T>(params, params.from_output) ? 0 : 2 * padded<A>(params.C));
+  const Affine<A> a = affine_of<T>(params, params.from_output, scratch.get());
   const bool param_grads = params.dweight != nullptr || params.dbias != nullptr;
   if (params.from_output) {
     return param_grads ? backward<true, true>(params, a) : backward<true, false>(params, a);
