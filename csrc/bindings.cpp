@@ -13,7 +13,7 @@
 
 PYBIND11_MODULE(PYOPS_MODULE_NAME, m) {
   m.doc() = "Compiled kernels of pyops.";
-  m.def("set_torch_objects", [](const pybind11::object& torch) {
+  m.def("set_torch_objects", [](const pybind11::object& torch, const pybind11::tuple& watchers) {
     const pybind11::object tensor = torch.attr("Tensor");
     const auto keep = [](const pybind11::object& object) { return object.inc_ref().ptr(); };
     pyops::torch_objects = {
@@ -27,6 +27,10 @@ PYBIND11_MODULE(PYOPS_MODULE_NAME, m) {
         .float32 = keep(torch.attr("float32")),
         .float64 = keep(torch.attr("float64")),
         .cpu = keep(torch.attr("device")("cpu")),
+        .is_grad_enabled = keep(torch.attr("is_grad_enabled")),
+        .get_num_threads = keep(torch.attr("get_num_threads")),
+        .watchers = keep(watchers),
+        .forward_ad = keep(torch.attr("autograd").attr("forward_ad").attr("__dict__")),
     };
   });
   pyops::bind_layer_norm(m);

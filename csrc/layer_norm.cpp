@@ -392,17 +392,17 @@ class Statistics {
 // mean and rstd (rstd alone for RMSNorm and with from_output), or is None where layer_norm_backward computes them
 // again. shape is a tuple or None; draw_seed(device) is called when nothing can fail any more.
 py::object layer_norm_forward(py::handle x, py::handle residual, py::handle shape, py::handle weight, py::handle bias,
-                              const py::tuple& config, py::handle draw_seed, bool grad_enabled, int num_threads) {
+                              const py::tuple& config, py::handle draw_seed) {
   TensorView xv, rv, wv, bv;
   Layout layout;
   const Config c(config);
-  if (!(view_plain(x.ptr(), xv) && view_plain(residual.ptr(), rv) && view_plain(weight.ptr(), wv) &&
+  if (!(is_quiet() && view_plain(x.ptr(), xv) && view_plain(residual.ptr(), rv) && view_plain(weight.ptr(), wv) &&
         view_plain(bias.ptr(), bv) && is_common(xv, rv, shape, wv, bv, c) && find_layout(xv, c, layout) &&
         (!rv || rv.is_contiguous()))) {
     return py::none();
   }
-  const bool grad =
-      grad_enabled && (requires_grad(x) || requires_grad(residual) || requires_grad(weight) || requires_grad(bias));
+  const bool grad = ask(torch_objects.is_grad_enabled) &&
+                    (requires_grad(x) || requires_grad(residual) || requires_grad(weight) || requires_grad(bias));
   py::object y = empty_like(x), sum = py::none(), stats = py::none(), seed = py::none();
   if (rv) sum = empty_like(x);
   if (c.p > 0) seed = draw_seed(x.attr("device"));
@@ -415,17 +415,19 @@ py::object layer_norm_forward(py::handle x, py::handle residual, py::handle shap
     if (!alone) mean = stats_row(stats_view, 0);
   }
   layer_norm_fwd(Flat(xv, layout.strided), rv, wv, bv, view(seed), Flat(view(y)), view(sum), mean, rstd, layout.C,
-                 layout.P, c.eps, c.weight_offset, c.p, c.rms, num_threads);
+                 layout.P, c.eps, c.weight_offset, c.p, c.rms, get_num_threads());
   if (grad) return py::make_tuple(std::move(y), std::move(sum), std::move(stats), std::move(seed));
   if (rv) return py::make_tuple(std::move(y), std::move(sum));
   return y;
 }
 
-// (None, dx, dresidual, dweight, dbias) of such a call, what LayerNormDirectFunction.backward returns, or None when a
-// tensor is not plain or dense. grads: of y, and of sum; saved: h or y, weight, bias, stats, seed; needs:
-// needs_input_grad, whose first entry is no tensor's.
-py::object layer_norm_backward(const py::tuple& grads, const py::tuple& saved, const py::tuple& config,
-                               const py::tuple& needs, int num_threads) {
+// (None, dx, dresidual, dweight, dbias) of such a call, what LayerNormDirectFunction.backward returns; or None when a
+// further order is wanted, something is watching, or a tensor is not plain or dense. ctx holds saved_tensors (h or y,
+// weight, bias, stats, seed), config and needs_input_grad, whose first entry is no tensor's. grads: of y, and of sum.
+py::object layer_norm_backward(const py::object& ctx, const py::tuple& grads) {
+  if (ask(torch_objects.is_grad_enabled) || !is_quiet()) return py::none();
+  const py::tuple saved = ctx.attr("saved_tensors"), config = ctx.attr("config"), needs = ctx.attr("needs_input_grad");
+  const int num_threads = get_num_threads();
   TensorView dy, dsum, h, weight, bias, stats, seed;
   Layout layout;
   const Config c(config);

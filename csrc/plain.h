@@ -21,8 +21,41 @@ struct TorchObjects {
   PyObject* float32 = nullptr;
   PyObject* float64 = nullptr;
   PyObject* cpu = nullptr;  // torch.device("cpu")
+  PyObject* is_grad_enabled = nullptr;
+  PyObject* get_num_threads = nullptr;
+  PyObject* watchers = nullptr;  // a tuple of functions: a true answer of any of them means that something is watching
+  PyObject* forward_ad = nullptr;  // the module's dict
 };
 inline TorchObjects torch_objects;
+
+inline PyObject* checked(PyObject* object) {
+  if (object == nullptr) throw pybind11::error_already_set();
+  return object;
+}
+
+inline bool ask(PyObject* question) {
+  PyObject* answer = checked(PyObject_CallNoArgs(question));
+  const int truth = PyObject_IsTrue(answer);
+  Py_DECREF(answer);
+  return truth != 0;
+}
+
+// pyops.backend.is_quiet, but for its first question: code that a compiler traces does not come here.
+inline bool is_quiet() {
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(torch_objects.watchers); ++i) {
+    if (ask(PyTuple_GET_ITEM(torch_objects.watchers, i))) return false;
+  }
+  static PyObject* const name = PyUnicode_InternFromString("_current_level");
+  PyObject* level = PyDict_GetItem(torch_objects.forward_ad, name);
+  return level != nullptr && PyLong_Check(level) && PyLong_AsLong(level) < 0;
+}
+
+inline int get_num_threads() {
+  PyObject* answer = checked(PyObject_CallNoArgs(torch_objects.get_num_threads));
+  const long threads = PyLong_AsLong(answer);
+  Py_DECREF(answer);
+  return static_cast<int>(threads);
+}
 
 // Views `src` when it is exactly a CPU Tensor or Parameter: enough for a tensor that was plain when it was saved, which
 // may have been replaced by a hook since. None gives an undefined view.
@@ -44,8 +77,7 @@ inline bool view_plain(PyObject* src, TensorView& view) {
   if (!view_again(src, view)) return false;
   if (!view) return true;
   for (PyObject* question : {torch_objects.is_neg, torch_objects.is_zerotensor}) {
-    PyObject* answer = PyObject_CallOneArg(question, src);
-    if (answer == nullptr) throw pybind11::error_already_set();
+    PyObject* answer = checked(PyObject_CallOneArg(question, src));
     Py_DECREF(answer);  // True and False are immortal in effect
     if (answer != Py_False) return false;
   }
@@ -55,8 +87,7 @@ inline bool view_plain(PyObject* src, TensorView& view) {
 inline bool requires_grad(pybind11::handle t) {
   if (t.is_none()) return false;
   static PyObject* const name = PyUnicode_InternFromString("requires_grad");
-  PyObject* answer = PyObject_GetAttr(t.ptr(), name);
-  if (answer == nullptr) throw pybind11::error_already_set();
+  PyObject* answer = checked(PyObject_GetAttr(t.ptr(), name));
   Py_DECREF(answer);
   return answer == Py_True;
 }
@@ -66,15 +97,13 @@ inline TensorView view(pybind11::handle src) { return src.cast<TensorView>(); }
 
 // torch.empty_like(src), of a contiguous tensor.
 inline pybind11::object empty_like(pybind11::handle src) {
-  PyObject* out = PyObject_CallOneArg(torch_objects.empty_like, src.ptr());
-  if (out == nullptr) throw pybind11::error_already_set();
-  return pybind11::reinterpret_steal<pybind11::object>(out);
+  return pybind11::reinterpret_steal<pybind11::object>(
+      checked(PyObject_CallOneArg(torch_objects.empty_like, src.ptr())));
 }
 
 inline pybind11::object contiguous(pybind11::handle src) {
-  PyObject* out = PyObject_CallOneArg(torch_objects.contiguous, src.ptr());
-  if (out == nullptr) throw pybind11::error_already_set();
-  return pybind11::reinterpret_steal<pybind11::object>(out);
+  return pybind11::reinterpret_steal<pybind11::object>(
+      checked(PyObject_CallOneArg(torch_objects.contiguous, src.ptr())));
 }
 
 // torch.empty(rows, the sizes of a CPU tensor that are not normalised), in the type that its statistics have.
@@ -91,9 +120,8 @@ inline pybind11::object empty_statistics(int rows, const TensorView& like, int d
   for (const pybind11::object& size : sizes) args.push_back(size.ptr());
   args.push_back(has_dtype<double>(like) ? torch_objects.float64 : torch_objects.float32);
   args.push_back(torch_objects.cpu);  // whatever the default device is
-  PyObject* out = PyObject_Vectorcall(torch_objects.empty, args.data(), sizes.size(), names);
-  if (out == nullptr) throw pybind11::error_already_set();
-  return pybind11::reinterpret_steal<pybind11::object>(out);
+  return pybind11::reinterpret_steal<pybind11::object>(
+      checked(PyObject_Vectorcall(torch_objects.empty, args.data(), sizes.size(), names)));
 }
 
 }  // namespace pyops

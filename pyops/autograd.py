@@ -20,7 +20,6 @@ from . import backend
 
 Tensors = Sequence[torch.Tensor | None]
 _PLAIN = backend.PLAIN_TYPES
-_grad_enabled = torch.is_grad_enabled
 
 
 class Rule:
@@ -30,6 +29,7 @@ class Rule:
     """
 
     name: str
+    config: type  # of the named tuple
     n_tensors: int
     n_saved: int
     n_grads: int
@@ -55,11 +55,8 @@ class Rule:
         raise NotImplementedError
 
     @staticmethod
-    def backward_direct(grads: Tensors, saved: Tensors, config: tuple, needs: Sequence[bool]) -> tuple | None:
-        """What ``direct`` returns from backward, for dense plain gradients and no further order; None for any other.
-
-        ``needs`` begins with the entry of ``done``.
-        """
+    def backward_direct(ctx: Any, grads: Tensors) -> tuple | None:
+        """What ``direct`` returns from backward, for dense plain gradients and no further order; None for any other."""
         raise NotImplementedError
 
     @staticmethod
@@ -75,7 +72,7 @@ def make(rule: type[Rule]) -> tuple[Callable, type, type]:
     run already, and the tensors are the first ones of the rule (those that can have a gradient).
     ``plain(direct, config, *tensors)``; ``functorch(config, *tensors)``.
     """
-    n_saved, n_grads = rule.n_saved, rule.n_grads
+    n_saved, n_grads, backward_direct = rule.n_saved, rule.n_grads, rule.backward_direct
 
     class Backward(torch.autograd.Function):
         generate_vmap_rule = True
@@ -114,7 +111,7 @@ def make(rule: type[Rule]) -> tuple[Callable, type, type]:
 
     def differentiate(direct: bool, grads: tuple, saved: Tensors, config: tuple, needs: Sequence[bool]) -> tuple:
         grads += (None,) * (n_grads - len(grads))
-        if torch.is_grad_enabled() and not torch.compiler.is_dynamo_compiling():
+        if torch.is_grad_enabled() and not backend.is_compiling():
             return Backward.apply(*grads, *saved, config, tuple(needs))
         # Asked again: batched gradients and compiled autograd bring other tensors than forward saw. What was saved was
         # plain then, and the types tell whether a hook has put something else in its place.
@@ -132,13 +129,14 @@ def make(rule: type[Rule]) -> tuple[Callable, type, type]:
 
         @staticmethod
         def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple:
-            saved, config, needs = ctx.saved_tensors, ctx.config, ctx.needs_input_grad
-            if not _grad_enabled():
-                found = rule.backward_direct(grads, saved, config, needs)
+            if not backend.is_compiling():
+                found = backward_direct(ctx, grads)
                 if found is not None:
                     return found
-            needs = needs[1:] + (False,) * (rule.n_tensors + 1 - len(needs))
-            return (None, *differentiate(True, grads, saved, config, needs)[: len(ctx.needs_input_grad) - 1])
+            needs = ctx.needs_input_grad[1:]
+            padded = needs + (False,) * (rule.n_tensors - len(needs))
+            found = differentiate(True, grads, ctx.saved_tensors, rule.config(*ctx.config), padded)
+            return (None, *found[: len(needs)])
 
     class Plain(torch.autograd.Function):
         @staticmethod

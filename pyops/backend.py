@@ -99,8 +99,6 @@ BACKENDS = {
 PREFERRED = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
 _CPU_IS_FIRST = _C is not None
 
-if _C is not None:
-    _C.set_torch_objects(torch)
 # The public functions, for explain().
 OPERATIONS = ("layer_norm", "rms_norm", "add_layer_norm", "layer_norm2d")
 SERVES_JAGGED = ("layer_norm", "rms_norm")  # by torch's own operator
@@ -264,7 +262,11 @@ _functorch_active = _private("_are_functorch_transforms_active", lambda: True)
 # The vmap of is_grads_batched is an older one, which functorch does not know.
 _is_legacy_batched = getattr(_private("_functorch", None), "is_legacy_batchedtensor", lambda _: True)
 _is_tracing = _private("_is_tracing", torch.jit.is_tracing)
-_is_compiling = torch.compiler.is_dynamo_compiling
+is_compiling = torch.compiler.is_dynamo_compiling
+
+
+if _C is not None:
+    _C.set_torch_objects(torch, (_dispatch_modes, _functorch_active, _is_tracing))
 
 
 def _forward_ad_active() -> bool:
@@ -281,7 +283,7 @@ def autocast_to_float(x: torch.Tensor, keep_dtype: bool) -> bool:
 def is_quiet() -> bool:
     """Nothing is watching: no compiler, tracer, dispatch mode, functorch transform or forward AD."""
     return not (
-        _is_compiling()
+        is_compiling()
         or _dispatch_modes()
         or _functorch_active()
         or _is_tracing()
@@ -303,7 +305,7 @@ def is_plain(*tensors: torch.Tensor | None) -> bool:
 
 def functorch_active() -> bool:
     """Inside vmap, grad, vjp, ... of torch.func (not forward AD alone)."""
-    return _functorch_constant() if _is_compiling() else _functorch_active()
+    return _functorch_constant() if is_compiling() else _functorch_active()
 
 
 @_constant_when_compiled
@@ -313,7 +315,7 @@ def _functorch_constant() -> bool:
 
 def needs_definition() -> bool:
     """Forward AD, torch.jit.trace, and functorch inside torch.compile: only plain torch operators are right there."""
-    if _is_compiling():
+    if is_compiling():
         return _functorch_constant() or _forward_ad_constant()
     return _is_tracing() or _forward_ad_active()
 

@@ -5,7 +5,6 @@ Ba, Kiros, Hinton, "Layer Normalization" (2016); Zhang, Sennrich, "Root Mean Squ
 
 from __future__ import annotations
 
-import functools
 import math
 import numbers
 import operator
@@ -24,8 +23,8 @@ from .backend import (
     choose,
     cpu_kernels,
     functorch_active,
+    is_compiling,
     is_plain,
-    is_quiet,
     leaf,
     needs_definition,
 )
@@ -423,6 +422,7 @@ class LayerNormRule(autograd.Rule):
     seed."""
 
     name = "LayerNorm"
+    config = Config
     n_tensors = 5
     n_saved = 5
     n_grads = 2  # of y, and of the sum (with residual) or of the statistics (with from_output)
@@ -502,11 +502,8 @@ class LayerNormRule(autograd.Rule):
         return dx, dresidual, dweight, dbias, None
 
     @staticmethod
-    def backward_direct(grads, saved, config, needs):
-        kernels = cpu_kernels("cpu")
-        if kernels is None or not is_quiet():
-            return None
-        return kernels.layer_norm_backward(grads, saved, config, needs, _get_num_threads())
+    def backward_direct(ctx, grads):
+        return cpu_kernels("cpu").layer_norm_backward(ctx, grads)
 
     @classmethod
     def formula(cls, grads, saved, c, needs):
@@ -613,11 +610,6 @@ def _run(x, residual, weight, bias, seed, c: Config):
     return (outputs[0] if c.from_output else outputs,)
 
 
-@functools.lru_cache(maxsize=256)
-def _config(*values: Any) -> Config:
-    return Config(*values)
-
-
 def _direct(
     x, residual, shape, weight, bias, eps, zero_centred, p, backend, channels_first=False, rms=False, from_output=False
 ) -> Tensor | tuple[Tensor, Tensor] | None:
@@ -627,7 +619,7 @@ def _direct(
     (bench/notes/layer_norm.md, host cost).
     """
     kernels = cpu_kernels(backend)
-    if kernels is None or type(eps) is not float or not is_quiet():
+    if kernels is None or type(eps) is not float or is_compiling():
         return None
     if residual is not None or channels_first:
         dims = 1
@@ -637,13 +629,10 @@ def _direct(
         return None
     offset = 1.0 if zero_centred else 0.0
     c = (dims, channels_first, eps, offset, p, rms, bool(from_output), "cpu")
-    results = kernels.layer_norm_forward(
-        x, residual, shape, weight, bias, c, draw_seed, _grad_enabled(), _get_num_threads()
-    )
+    results = kernels.layer_norm_forward(x, residual, shape, weight, bias, c, draw_seed)
     if type(results) is not tuple or len(results) == 2:
         return results
     y, total, stats, seed = results
-    c = _config(*c)
     if residual is not None:
         outputs, saved = (y, total), (total, weight, None if weight is not None else bias, stats, seed)
     elif from_output:

@@ -239,7 +239,7 @@ def test_parameters_of_two_dtypes() -> None:
 
 
 def test_size_beyond_int64() -> None:
-    with pytest.raises(ValueError, match=r"^layer_norm: x must end in the dimensions of normalized_shape .*, got shape"):
+    with pytest.raises(ValueError, match=r"^layer_norm: x must end in the dimensions of normalized_shape "):
         pyops.layer_norm(torch.randn(3, 4), (2**70,))
 
 
