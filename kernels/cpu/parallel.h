@@ -20,7 +20,7 @@ inline int useful_threads(int64_t elements, int64_t tasks, int num_threads) {
 
 // Whether a call that moves this many bytes leaves nothing of its output in the cache for the next one. Measured with a
 // reader behind the kernel: below, streaming costs the reader more than it saves (bench/notes/layer_norm.md).
-inline bool outgrows_cache(int64_t bytes, int threads) { return bytes / threads > 16 << 20; }
+inline bool outgrows_cache(int64_t bytes, int threads) { return bytes / threads >= 24 << 20; }
 
 // Runs f(index, count) on each of `threads` threads; a single one is the caller, without entering OpenMP.
 template <typename F>
