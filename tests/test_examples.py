@@ -1,6 +1,7 @@
 """The examples: the architectures do what their text says, train, and the demo judges its results rightly."""
 
 import copy
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +23,17 @@ from examples.vision_transformer import (
 )
 
 ROOT = Path(__file__).parent.parent
+
+
+def test_readme_example(capsys: pytest.CaptureFixture) -> None:
+    """The Python of the README runs as it stands, and does what its comments say."""
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    names: dict = {}
+    exec(compile(code, "README.md", "exec"), names)
+    assert type(names["model"][1]) is pyops.nn.LayerNorm
+    assert "add_layer_norm runs on" in capsys.readouterr().out
+    names["report"].undo()
+    assert type(names["model"][1]) is nn.LayerNorm
 
 
 @pytest.fixture(scope="module")

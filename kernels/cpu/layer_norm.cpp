@@ -6,7 +6,8 @@
 //   added in thread order, so results repeat bitwise.
 // Traffic: forward reads x and writes y (2 R C elements, 4 R C with a residual); backward reads dy and the saved tensor
 //   and writes dx (3 R C). Each row passes through the cache up to three times: its later reads hit L1 (L2 when C is
-//   large). Backward takes four rows at a time, so that the running dweight and dbias are loaded once per four rows.
+//   large). Forward asks for the next row while it writes one; backward takes four rows at a time, so that the running
+//   dweight and dbias are loaded once per four rows. Outputs that outgrow the cache are streamed past it (parallel.h).
 // Numerics: sums in acc_t<T>; variance from centred values, corrected for the rounding of the mean (Chan, Golub,
 //   LeVeque 1983), so a row of mean 2,000 and variance 1 keeps its digits; dropout and residual are rounded to T before
 //   the statistics, because backward sees the rounded sum.

@@ -123,32 +123,6 @@ __device__ __forceinline__ void store_vec(T* p, const Vec<T, N>& v,
 #endif
 }
 
-// The same for data that is not used again soon: first to leave the caches.
-template <int N, typename T>
-__device__ __forceinline__ Vec<T, N> load_vec_stream(const T* p, CallSite site = CallSite::current()) {
-#ifdef PYOPS_SIMT
-  return load_vec<N>(p, site);
-#else
-  static_assert(sizeof(T) * N <= 16, "one access moves at most 16 bytes");
-  const vec_bits_t<T, N> bits = __ldcs(reinterpret_cast<const vec_bits_t<T, N>*>(p));
-  Vec<T, N> out;
-  memcpy(&out, &bits, sizeof(out));
-  return out;
-#endif
-}
-
-template <typename T, int N>
-__device__ __forceinline__ void store_vec_stream(T* p, const Vec<T, N>& v, CallSite site = CallSite::current()) {
-#ifdef PYOPS_SIMT
-  store_vec(p, v, site);
-#else
-  static_assert(sizeof(T) * N <= 16, "one access moves at most 16 bytes");
-  vec_bits_t<T, N> bits;
-  memcpy(&bits, &v, sizeof(v));
-  __stcs(reinterpret_cast<vec_bits_t<T, N>*>(p), bits);
-#endif
-}
-
 // -------------------------------------------------------------------------------------- barriers, exchange, atomics
 // Every lane named in `mask` must call with the same mask. Source lanes are relative to segments of `width` lanes.
 
