@@ -185,7 +185,11 @@ void layer_norm_bwd(const TensorView& dy, const TensorView& dsum, const TensorVi
   check_device(saved, kBwd);
   const int64_t R = row_count(saved, C, P, kBwd);
   require(dy && rstd && bool(seed) == (p > 0), kBwd, "an input or the seed is missing");
+#ifdef PYOPS_SIMT
   require(rms || from_output || mean, kBwd, "mean is missing");
+#else
+  require(rms || from_output || mean || saved.is_cpu(), kBwd, "mean is missing");
+#endif
   require(P == 1 || R == 0 || (!dsum && !seed), kBwd, "channels-first input takes neither dsum nor dropout");
   const int64_t workspace_size = dweight || dbias ? layer_norm_bwd_workspace(saved, C, P) : 0;
   require(workspace_size == 0 || workspace, kBwd, "workspace is missing");
@@ -389,8 +393,8 @@ class Statistics {
 
 // A common call, or None for any other. The result is y, or (y, sum) with a residual; and when an argument wants a
 // gradient (y, sum, stats, seed), where sum is None without residual, seed without dropout, and stats holds the rows
-// mean and rstd (rstd alone for RMSNorm and with from_output), or is None where layer_norm_backward computes them
-// again. shape is a tuple or None; draw_seed(device) is called when nothing can fail any more.
+// mean and rstd (rstd alone for RMSNorm, with from_output and for 16 bits), or is None where layer_norm_backward
+// computes them again. shape is a tuple or None; draw_seed(device) is called when nothing can fail any more.
 py::object layer_norm_forward(py::handle x, py::handle residual, py::handle shape, py::handle weight, py::handle bias,
                               const py::tuple& config, py::handle draw_seed) {
   TensorView xv, rv, wv, bv;
@@ -408,7 +412,8 @@ py::object layer_norm_forward(py::handle x, py::handle residual, py::handle shap
   if (c.p > 0) seed = draw_seed(x.attr("device"));
   TensorView mean, rstd;
   if (grad && (c.from_output || xv.numel() >= kSaveStatisticsFrom)) {
-    const bool alone = c.rms || c.from_output;
+    // torch keeps two 16-bit numbers for a row of 16 bits: the mean is computed again, so that ours is no more memory.
+    const bool alone = c.rms || c.from_output || xv.t.dtype.bits == 16;
     stats = empty_statistics(alone ? 1 : 2, xv, c.dims, c.channels_first);
     const TensorView stats_view = view(stats);
     rstd = stats_row(stats_view, alone ? 0 : 1);
@@ -450,7 +455,7 @@ py::object layer_norm_backward(const py::object& ctx, const py::tuple& grads) {
   } else {
     computed.emplace(h, h.numel() / layout.C);
     rstd = computed->rstd;
-    if (!c.rms) mean = computed->mean;
+    if (!c.rms && h.t.dtype.bits != 16) mean = computed->mean;
     layer_norm_fwd(Flat(h, layout.strided), none, none, none, none, none, none, mean, rstd, layout.C, layout.P, c.eps,
                    0.0, 0.0, c.rms, num_threads);
   }

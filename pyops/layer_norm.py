@@ -137,7 +137,9 @@ def gradients(
         xhat = centred * rstd
     else:
         rstd = column(rstd)
-        xhat = (wide if mean is None else wide - column(mean)) * rstd
+        if not c.rms:
+            wide = wide - (wide.mean(over, keepdim=True) if mean is None else column(mean))
+        xhat = wide * rstd
     g = dwide if w is None else dwide * w
     dh = g - xhat * (g * xhat).mean(over, keepdim=True)
     if not c.rms:
@@ -191,12 +193,13 @@ def _to_rows(t: Tensor | None) -> Tensor | None:
 
 
 def _mean_rstd(stats: Tensor) -> tuple[Tensor | None, Tensor]:
-    """The rows of ``stats``: mean and rstd, or rstd alone (RMSNorm, and where y was saved)."""
+    """The rows of ``stats``: mean and rstd, or rstd alone (see _stats_rows)."""
     return (stats[0], stats[1]) if stats.shape[0] == 2 else (None, stats[0])
 
 
-def _stats_rows(c: Config) -> int:
-    return 1 if c.rms or c.from_output else 2
+def _stats_rows(c: Config, dtype: torch.dtype) -> int:
+    # On the CPU torch keeps two 16-bit numbers for a row of 16 bits, and so may we: its mean is computed again.
+    return 1 if c.rms or c.from_output or (c.backend == "cpu" and dtype.itemsize == 2) else 2
 
 
 _ROWS = {"dims": 1, "channels_first": False}
@@ -226,7 +229,7 @@ def forward_leaf(
         total = torch.empty_like(y)
         residual = _as_rows(residual, C)
     if statistics:
-        stats = torch.empty((_stats_rows(c), *lead), dtype=_acc(x.dtype), device=x.device)
+        stats = torch.empty((_stats_rows(c, x.dtype), *lead), dtype=_acc(x.dtype), device=x.device)
         mean, rstd = _mean_rstd(stats)
     if weight is not None:
         weight = weight.contiguous()
@@ -338,7 +341,7 @@ def _fwd_fake(x, residual, weight, bias, seed, *config):  # noqa: ARG001
     c = Config(*config)
     lead = x.shape[:-3] + x.shape[-2:] if c.channels_first else x.shape[: x.dim() - c.dims]
     total = _absent(x) if residual is None else torch.empty_like(x, memory_format=torch.contiguous_format)
-    return _empty_output(x, c), total, x.new_empty((_stats_rows(c), *lead), dtype=_acc(x.dtype))
+    return _empty_output(x, c), total, x.new_empty((_stats_rows(c, x.dtype), *lead), dtype=_acc(x.dtype))
 
 
 @torch.library.register_fake("pyops::layer_norm_bwd", lib=_library)
@@ -392,7 +395,7 @@ def _fwd_vmap(info, in_dims, x, residual, weight, bias, seed, *config):
         )
         y, total, mean, rstd = definition(x, residual, weight, bias, None, c)
         total = _absent(x) if residual is None else total
-        stats = torch.stack((mean, rstd)[2 - _stats_rows(c) :])
+        stats = torch.stack((mean, rstd)[2 - _stats_rows(c, x.dtype) :])
     return (y, total, stats), (0, None if residual is None else 0, 1)
 
 

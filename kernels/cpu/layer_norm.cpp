@@ -93,37 +93,57 @@ struct Statistics {
   A rstd;
 };
 
-// Statistics of the row h, whose sum is known.
-template <typename T, typename A = acc_t<T>>
-PYOPS_INLINE Statistics<A> statistics(const T* h, A sum, int64_t C, A eps, bool rms) {
-  const A mean = rms ? A{0} : sum / C;
-  Pair<A> first[2], second[2];
+// Sums of kRows rows; a single row takes two accumulators in turn, several rows one each.
+template <int kRows, typename A>
+struct RowSums {
+  static constexpr int kSlots = kRows == 1 ? 2 : 1;
+  Pair<A> sums[kRows][kSlots];
+
+  PYOPS_INLINE void add(int i, int slot, Pair<A> v) {
+    sums[i][slot % kSlots].lo += v.lo;
+    sums[i][slot % kSlots].hi += v.hi;
+  }
+  PYOPS_INLINE void add_squares(int i, int slot, Pair<A> v) {
+    sums[i][slot % kSlots].lo += v.lo * v.lo;
+    sums[i][slot % kSlots].hi += v.hi * v.hi;
+  }
+  PYOPS_INLINE A total(int i) const {
+    if constexpr (kSlots == 1) return reduce_add<A>(sums[i][0].lo + sums[i][0].hi);
+    return reduce_add<A>((sums[i][0].lo + sums[i][0].hi) + (sums[i][kSlots - 1].lo + sums[i][kSlots - 1].hi));
+  }
+};
+
+template <int kRows, typename T, typename A = acc_t<T>>
+PYOPS_INLINE void row_sums(const T* const (&h)[kRows], int64_t C, A (&out)[kRows]) {
+  RowSums<kRows, A> sums{};
   for_each_pair<A>(C, [&](int64_t c, auto lanes, int slot) PYOPS_ALWAYS_INLINE {
-    const Pair<A> v = load_pair(h + c, lanes);
-    const Pair<A> d = inside_pair<T>({v.lo - mean, v.hi - mean}, lanes);
-    // 16-bit values are coarser than the rounding of the mean: they need no correction.
-    if constexpr (sizeof(T) > 2) {
-      first[slot].lo += d.lo;
-      first[slot].hi += d.hi;
-    }
-    second[slot].lo += d.lo * d.lo;
-    second[slot].hi += d.hi * d.hi;
+    for (int i = 0; i < kRows; ++i) sums.add(i, slot, load_pair(h[i] + c, lanes));
   });
-  const A correction = rms || sizeof(T) == 2 ? A{0} : total<A>(first) / C;
-  const A square = total<A>(second) / C;
-  const A variance = square < __builtin_inf() ? square - correction * correction : square;
-  return {mean, correction, A{1} / sqrt_of(variance + eps)};
+  for (int i = 0; i < kRows; ++i) out[i] = sums.total(i);
 }
 
-template <typename T, typename A = acc_t<T>>
-PYOPS_INLINE A row_sum(const T* h, int64_t C) {
-  Pair<A> sums[2];
+// Statistics of rows whose sums are known.
+template <int kRows, typename T, typename A = acc_t<T>>
+PYOPS_INLINE void statistics(const T* const (&h)[kRows], const A (&sum)[kRows], int64_t C, A eps, bool rms,
+                             Statistics<A> (&out)[kRows]) {
+  RowSums<kRows, A> first{}, second{};
+  A mean[kRows];
+  for (int i = 0; i < kRows; ++i) mean[i] = rms ? A{0} : sum[i] / C;
   for_each_pair<A>(C, [&](int64_t c, auto lanes, int slot) PYOPS_ALWAYS_INLINE {
-    const Pair<A> v = load_pair(h + c, lanes);
-    sums[slot].lo += v.lo;
-    sums[slot].hi += v.hi;
+    for (int i = 0; i < kRows; ++i) {
+      const Pair<A> v = load_pair(h[i] + c, lanes);
+      const Pair<A> d = inside_pair<T>({v.lo - mean[i], v.hi - mean[i]}, lanes);
+      // 16-bit values are coarser than the rounding of the mean: they need no correction.
+      if constexpr (sizeof(T) > 2) first.add(i, slot, d);
+      second.add_squares(i, slot, d);
+    }
   });
-  return total<A>(sums);
+  for (int i = 0; i < kRows; ++i) {
+    const A correction = rms || sizeof(T) == 2 ? A{0} : first.total(i) / C;
+    const A square = second.total(i) / C;
+    const A variance = square < __builtin_inf() ? square - correction * correction : square;
+    out[i] = {mean[i], correction, A{1} / sqrt_of(variance + eps)};
+  }
 }
 
 // h = dropout(x) + residual, written to `sum`; returns the sum over the row of what was written.
@@ -159,25 +179,46 @@ __attribute__((noinline)) void normalise_row(const T* h, T* y, const Statistics<
   });
 }
 
-template <bool kAffine, typename T, typename W, typename A = acc_t<T>>
-void forward_rows(const LayerNormFwdParams<T, W>& p, Affine<A> a, Range range, bool stream) {
-  const auto normalise = stream ? normalise_row<kAffine, true, T> : normalise_row<kAffine, false, T>;
-  Scratch<uint32_t> keep(p.seed ? padded<float>(p.C) + 2 * kLanes<uint32_t> : 0);
-  for (int64_t r = range.begin; r < range.end; ++r) {
-    const T* h = p.x + r * p.x_stride;
-    A sum = 0;
-    if (p.residual != nullptr) {
-      if (p.seed != nullptr) dropout_row(keep.get(), p.seed, r, p.C, p.drop_threshold);
-      T* out = p.sum + r * p.C;
-      sum = add_row(h, p.residual + r * p.residual_stride, p.seed ? keep.get() : nullptr, p.dropout_scale, out, p.C);
-      h = out;
-    } else if (!p.rms) {
-      sum = row_sum(h, p.C);
+template <int kRows, bool kAffine, typename T, typename W, typename A = acc_t<T>>
+PYOPS_INLINE void forward_rows(const LayerNormFwdParams<T, W>& p, Affine<A> a, int64_t r, uint32_t* keep, bool stream) {
+  const T* h[kRows];
+  A sum[kRows]{};
+  for (int i = 0; i < kRows; ++i) h[i] = p.x + (r + i) * p.x_stride;
+  if (p.residual != nullptr) {
+    for (int i = 0; i < kRows; ++i) {
+      if (p.seed != nullptr) dropout_row(keep, p.seed, r + i, p.C, p.drop_threshold);
+      T* out = p.sum + (r + i) * p.C;
+      sum[i] =
+          add_row(h[i], p.residual + (r + i) * p.residual_stride, p.seed ? keep : nullptr, p.dropout_scale, out, p.C);
+      h[i] = out;
     }
-    const Statistics<A> s = statistics(h, sum, p.C, p.eps, p.rms);
-    if (p.y != nullptr) normalise(h, p.y + r * p.C, s, a, p.C, p.x + (r + 1) * p.x_stride);
-    if (p.mean != nullptr) p.mean[r] = s.mean + s.correction;
-    if (p.rstd != nullptr) p.rstd[r] = s.rstd;
+  } else if (!p.rms) {
+    row_sums(h, p.C, sum);
+  }
+  Statistics<A> s[kRows];
+  statistics(h, sum, p.C, p.eps, p.rms, s);
+  const auto normalise = stream ? normalise_row<kAffine, true, T> : normalise_row<kAffine, false, T>;
+  for (int i = 0; i < kRows; ++i) {
+    if (p.y != nullptr) normalise(h[i], p.y + (r + i) * p.C, s[i], a, p.C, p.x + (r + kRows + i) * p.x_stride);
+    if (p.mean != nullptr) p.mean[r + i] = s[i].mean + s[i].correction;
+    if (p.rstd != nullptr) p.rstd[r + i] = s[i].rstd;
+  }
+}
+
+// 16-bit rows are bound by arithmetic, and the sums of several rows hide each other's latency; longer elements are
+// bound by memory, which is read best in one stream.
+template <typename T>
+constexpr int kForwardRows = sizeof(T) == 2 ? 4 : 1;
+
+template <bool kAffine, typename T, typename W, typename A = acc_t<T>>
+void forward_row_share(const LayerNormFwdParams<T, W>& p, Affine<A> a, Range range, bool stream) {
+  Scratch<uint32_t> keep(p.seed ? padded<float>(p.C) + 2 * kLanes<uint32_t> : 0);
+  int64_t r = range.begin;
+  for (; r + kForwardRows<T> <= range.end; r += kForwardRows<T>) {
+    forward_rows<kForwardRows<T>, kAffine>(p, a, r, keep.get(), stream);
+  }
+  if constexpr (kForwardRows<T> > 1) {
+    for (; r < range.end; ++r) forward_rows<1, kAffine>(p, a, r, keep.get(), stream);
   }
   if (stream) end_stream();
 }
@@ -190,22 +231,25 @@ PYOPS_INLINE void for_each_channel_block(int64_t C, F&& f) {
   for (int64_t begin = 0; begin < C; begin += 32) f(begin, begin + 32 < C ? begin + 32 : C);
 }
 
+template <int NV, typename T, typename Lanes, typename A = acc_t<T>>
+PYOPS_INLINE void tile_means(const T* x, int64_t C, int64_t P, Lanes lanes, Vec<A> (&mean)[NV]) {
+  for_each_channel_block(C, [&](int64_t begin, int64_t end) {
+    Vec<A> sum[NV]{};
+    for (int64_t c = begin; c < end; ++c) {
+      for (int v = 0; v < NV; ++v) sum[v] += load(x + c * P + v * kLanes<A>, lanes);
+    }
+    for (int v = 0; v < NV; ++v) mean[v] += sum[v];
+  });
+  for (int v = 0; v < NV; ++v) mean[v] /= splat<A>(C);
+}
+
 template <int NV, bool kAffine, typename T, typename W, typename Lanes, typename A = acc_t<T>>
 void forward_tile(const LayerNormFwdParams<T, W>& p, Affine<A> a, int64_t image, int64_t pixel, Lanes lanes) {
   constexpr int L = kLanes<A>;
   const T* x = p.x + image * p.C * p.P + pixel;
   T* y = p.y != nullptr ? p.y + image * p.C * p.P + pixel : nullptr;
   Vec<A> mean[NV]{}, first[NV]{}, second[NV]{}, rstd[NV];
-  if (!p.rms) {
-    for_each_channel_block(p.C, [&](int64_t begin, int64_t end) {
-      Vec<A> sum[NV]{};
-      for (int64_t c = begin; c < end; ++c) {
-        for (int v = 0; v < NV; ++v) sum[v] += load(x + c * p.P + v * L, lanes);
-      }
-      for (int v = 0; v < NV; ++v) mean[v] += sum[v];
-    });
-    for (int v = 0; v < NV; ++v) mean[v] /= splat<A>(p.C);
-  }
+  if (!p.rms) tile_means(x, p.C, p.P, lanes, mean);
   for_each_channel_block(p.C, [&](int64_t begin, int64_t end) {
     Vec<A> sum[NV]{}, square[NV]{};
     for (int64_t c = begin; c < end; ++c) {
@@ -275,7 +319,7 @@ void forward_share(const LayerNormFwdParams<T, W>& p, Affine<A> a, int index, in
   if (p.P == 1) {
     const int64_t bytes = (p.residual != nullptr ? 4 : 2) * p.R * p.C * static_cast<int64_t>(sizeof(T));
     const bool stream = outgrows_cache(bytes, count) && is_streamable(p.y, p.C);
-    return forward_rows<kAffine>(p, a, share(p.R, index, count), stream);
+    return forward_row_share<kAffine>(p, a, share(p.R, index, count), stream);
   }
   for_each_tile<A>(p.P, share(tile_blocks<A>(p.R, p.P), index, count),
                    [&](auto vectors, int64_t image, int64_t pixel, auto lanes) {
@@ -284,6 +328,12 @@ void forward_share(const LayerNormFwdParams<T, W>& p, Affine<A> a, int index, in
 }
 
 // ---- backward ----
+
+// Whether forward left the mean to be computed again.
+template <bool kFromOutput, typename T, typename W>
+PYOPS_INLINE bool needs_mean(const LayerNormBwdParams<T, W>& p) {
+  return !kFromOutput && !p.rms && p.mean == nullptr;
+}
 
 // xhat from what forward saved.
 template <bool kFromOutput, typename A>
@@ -346,10 +396,14 @@ PYOPS_INLINE void backward_rows(const LayerNormBwdParams<T, W>& p, Affine<A> a, 
                                 uint32_t* keep, bool stream) {
   BackwardRow<kFromOutput, T> row[kRows];
   Vec<A> sum_g[kRows]{}, sum_gx[kRows]{};
+  const T* saved[kRows];
+  A sum[kRows]{};
+  for (int i = 0; i < kRows; ++i) saved[i] = p.saved + (r + i) * p.saved_stride;
+  const bool find_mean = needs_mean<kFromOutput>(p);
+  if (find_mean) row_sums(saved, p.C, sum);
   for (int i = 0; i < kRows; ++i) {
-    const A rstd = p.rstd[r + i];
-    row[i] = {p.dy + (r + i) * p.dy_stride, p.saved + (r + i) * p.saved_stride,
-              p.mean != nullptr ? p.mean[r + i] : A{0}, rstd, kFromOutput ? A{1} : rstd};
+    const A mean = find_mean ? sum[i] / p.C : (p.mean != nullptr ? p.mean[r + i] : A{0}), rstd = p.rstd[r + i];
+    row[i] = {p.dy + (r + i) * p.dy_stride, saved[i], mean, rstd, kFromOutput ? A{1} : rstd};
   }
   for_each_pair<A>(p.C, [&](int64_t c, auto lanes, int) PYOPS_ALWAYS_INLINE {
     const Pair<A> w = load_pair(a.weight + c, Full{});
@@ -405,6 +459,7 @@ void backward_tile(const LayerNormBwdParams<T, W>& p, Affine<A> a, int64_t image
   constexpr int L = kLanes<A>;
   const int64_t offset = image * p.C * p.P + pixel, row = image * p.P + pixel;
   Vec<A> mean[NV]{}, rstd[NV], sum_g[NV]{}, sum_gx[NV]{};
+  if (needs_mean<kFromOutput>(p)) tile_means(p.saved + offset, p.C, p.P, lanes, mean);
   for (int v = 0; v < NV; ++v) {
     if (p.mean != nullptr) mean[v] = load(p.mean + row + v * L, lanes);
     rstd[v] = load(p.rstd + row + v * L, lanes);

@@ -49,7 +49,7 @@ struct LayerNormBwdParams {
   const T* saved;        // [R, C] h, or y when from_output
   const W* weight;       // [C] or null
   const W* bias;         // [C] or null; read only when from_output
-  const acc_t<T>* mean;  // [R]; null for RMSNorm, and when from_output
+  const acc_t<T>* mean;  // [R]; null for RMSNorm, when from_output, and on the CPU to have it computed again
   const acc_t<T>* rstd;  // [R]
   const int64_t* seed;   // [2] or null
   T* dx;                 // [R, C] or null

@@ -18,8 +18,8 @@ registers, or in its slice of the workspace when LOOPED. Moves dy, saved (and ds
 2 * G * C sums. A second kernel adds the G slices in a fixed order, so results repeat bit for bit on one device.
 
 Numerics: sums and statistics in fp32 (fp64 for fp64). The variance is taken around the mean; LOOPED takes it by
-Welford's update per lane and merges the lanes around the common mean. The rounding of the mean itself is not taken back,
-as the CPU and CUDA kernels do for fp32: their results differ from these in the last digits of rows with a large mean.
+Welford's update per lane and merges the lanes around the common mean. The rounding of the mean itself is not taken
+back, as the CPU and CUDA kernels do for fp32: rows with a large mean differ in their last digits.
 """
 
 import functools
