@@ -422,6 +422,25 @@ def test_sum_alone(backend: Target, p: float, create_graph: bool) -> None:
     assert dbias is None
 
 
+@pytest.mark.parametrize("case", [*CALLS, Case(shape=(5, 64)), Case(op="rms_norm", affine="w", shape=(5, 64))], ids=str)
+def test_any_subset_of_gradients(backend: Target, case: Case) -> None:
+    """What else is wanted changes no gradient."""
+    t = inputs(case, backend.device)
+    names = [n for n, v in t.items() if v.requires_grad]
+
+    def gradients(wanted: tuple[str, ...]) -> dict[str, Tensor]:
+        given = {n: v.detach().requires_grad_(n in wanted) for n, v in t.items()}
+        outputs = {n: y for n, y in call(case, given, backend.name).items() if y.requires_grad}
+        leaves = [given[n] for n in wanted]
+        return dict(zip(wanted, torch.autograd.grad(list(outputs.values()), leaves, [t[f"d{n}"] for n in outputs])))
+
+    expected = gradients(tuple(names))
+    for count in range(1, len(names)):
+        for wanted in itertools.combinations(names, count):
+            for name, gradient in gradients(wanted).items():
+                torch.testing.assert_close(gradient, expected[name], msg=f"{name} of {wanted}")
+
+
 def test_gradient_of_none_is_not_needed(backend: Target) -> None:
     """Hooks, and a gradient that autograd never sends, as in any torch operator."""
     t = inputs(Case(op="add_layer_norm"), backend.device)

@@ -30,11 +30,6 @@ PYOPS_INLINE A sqrt_of(A a) {
   }
 }
 
-template <typename A>
-PYOPS_INLINE A total(const Pair<A> (&sums)[2]) {
-  return reduce_add<A>((sums[0].lo + sums[0].hi) + (sums[1].lo + sums[1].hi));
-}
-
 // weight_offset + weight and bias in the accumulation type and in T's order, up to whole pairs.
 template <typename A>
 struct Affine {
@@ -93,6 +88,17 @@ struct Statistics {
   A rstd;
 };
 
+// From the sums of the centred values and of their squares.
+template <typename A>
+PYOPS_INLINE Statistics<A> statistics_of(A mean, Vec<A> first, Vec<A> second, int64_t C, A eps, bool rms) {
+  A sum, square;
+  reduce_add<A>(first, second, sum, square);
+  const A correction = rms ? A{0} : sum / C;
+  square /= C;
+  const A variance = square < __builtin_inf() ? square - correction * correction : square;
+  return {mean, correction, A{1} / sqrt_of(variance + eps)};
+}
+
 // Sums of kRows rows; a single row takes two accumulators in turn, several rows one each.
 template <int kRows, typename A>
 struct RowSums {
@@ -107,9 +113,9 @@ struct RowSums {
     sums[i][slot % kSlots].lo += v.lo * v.lo;
     sums[i][slot % kSlots].hi += v.hi * v.hi;
   }
-  PYOPS_INLINE A total(int i) const {
-    if constexpr (kSlots == 1) return reduce_add<A>(sums[i][0].lo + sums[i][0].hi);
-    return reduce_add<A>((sums[i][0].lo + sums[i][0].hi) + (sums[i][kSlots - 1].lo + sums[i][kSlots - 1].hi));
+  PYOPS_INLINE Vec<A> total(int i) const {
+    if constexpr (kSlots == 1) return sums[i][0].lo + sums[i][0].hi;
+    return (sums[i][0].lo + sums[i][0].hi) + (sums[i][kSlots - 1].lo + sums[i][kSlots - 1].hi);
   }
 };
 
@@ -119,7 +125,7 @@ PYOPS_INLINE void row_sums(const T* const (&h)[kRows], int64_t C, A (&out)[kRows
   for_each_pair<A>(C, [&](int64_t c, auto lanes, int slot) PYOPS_ALWAYS_INLINE {
     for (int i = 0; i < kRows; ++i) sums.add(i, slot, load_pair(h[i] + c, lanes));
   });
-  for (int i = 0; i < kRows; ++i) out[i] = sums.total(i);
+  for (int i = 0; i < kRows; ++i) out[i] = reduce_add<A>(sums.total(i));
 }
 
 // Statistics of rows whose sums are known.
@@ -138,29 +144,19 @@ PYOPS_INLINE void statistics(const T* const (&h)[kRows], const A (&sum)[kRows], 
       second.add_squares(i, slot, d);
     }
   });
-  for (int i = 0; i < kRows; ++i) {
-    const A correction = rms || sizeof(T) == 2 ? A{0} : first.total(i) / C;
-    const A square = second.total(i) / C;
-    const A variance = square < __builtin_inf() ? square - correction * correction : square;
-    out[i] = {mean[i], correction, A{1} / sqrt_of(variance + eps)};
-  }
+  for (int i = 0; i < kRows; ++i) out[i] = statistics_of(mean[i], first.total(i), second.total(i), C, eps, rms);
 }
 
-// h = dropout(x) + residual, written to `sum`; returns the sum over the row of what was written.
+// h = dropout(x) + residual, written to `sum`.
 template <typename T, typename A = acc_t<T>>
-__attribute__((noinline)) A add_row(const T* x, const T* residual, const uint32_t* keep, A scale, T* sum, int64_t C) {
-  Pair<A> sums[2];
-  for_each_pair<A>(C, [&](int64_t c, auto lanes, int slot) PYOPS_ALWAYS_INLINE {
+__attribute__((noinline)) void add_row(const T* x, const T* residual, const uint32_t* keep, A scale, T* sum,
+                                       int64_t C) {
+  for_each_pair<A>(C, [&](int64_t c, auto lanes, int) PYOPS_ALWAYS_INLINE {
     Pair<A> v = load_pair(x + c, lanes);
     if (keep != nullptr) v = rounded_pair<T>(select<T>(keep + c, {v.lo * scale, v.hi * scale}));
     const Pair<A> r = load_pair(residual + c, lanes);
-    const Pair<A> h = rounded_pair<T>({v.lo + r.lo, v.hi + r.hi});
-    store_pair(sum + c, h, lanes);
-    const Pair<A> in = inside_pair<T>(h, lanes);
-    sums[slot].lo += in.lo;
-    sums[slot].hi += in.hi;
+    store_pair(sum + c, {v.lo + r.lo, v.hi + r.hi}, lanes);
   });
-  return total<A>(sums);
 }
 
 template <bool kAffine, bool kStream, typename T, typename A = acc_t<T>>
@@ -179,22 +175,23 @@ __attribute__((noinline)) void normalise_row(const T* h, T* y, const Statistics<
   });
 }
 
+// The row of sum that h = dropout(x) + residual was written to.
+template <typename T, typename W, typename A = acc_t<T>>
+PYOPS_INLINE const T* add_residual(const LayerNormFwdParams<T, W>& p, int64_t r, uint32_t* keep) {
+  if (p.seed != nullptr) dropout_row(keep, p.seed, r, p.C, p.drop_threshold);
+  T* out = p.sum + r * p.C;
+  add_row(p.x + r * p.x_stride, p.residual + r * p.residual_stride, p.seed ? keep : nullptr, p.dropout_scale, out, p.C);
+  return out;
+}
+
 template <int kRows, bool kAffine, typename T, typename W, typename A = acc_t<T>>
 PYOPS_INLINE void forward_rows(const LayerNormFwdParams<T, W>& p, Affine<A> a, int64_t r, uint32_t* keep, bool stream) {
   const T* h[kRows];
   A sum[kRows]{};
-  for (int i = 0; i < kRows; ++i) h[i] = p.x + (r + i) * p.x_stride;
-  if (p.residual != nullptr) {
-    for (int i = 0; i < kRows; ++i) {
-      if (p.seed != nullptr) dropout_row(keep, p.seed, r + i, p.C, p.drop_threshold);
-      T* out = p.sum + (r + i) * p.C;
-      sum[i] =
-          add_row(h[i], p.residual + (r + i) * p.residual_stride, p.seed ? keep : nullptr, p.dropout_scale, out, p.C);
-      h[i] = out;
-    }
-  } else if (!p.rms) {
-    row_sums(h, p.C, sum);
+  for (int i = 0; i < kRows; ++i) {
+    h[i] = p.residual != nullptr ? add_residual(p, r + i, keep) : p.x + (r + i) * p.x_stride;
   }
+  if (!p.rms) row_sums(h, p.C, sum);
   Statistics<A> s[kRows];
   statistics(h, sum, p.C, p.eps, p.rms, s);
   const auto normalise = stream ? normalise_row<kAffine, true, T> : normalise_row<kAffine, false, T>;
@@ -210,9 +207,63 @@ PYOPS_INLINE void forward_rows(const LayerNormFwdParams<T, W>& p, Affine<A> a, i
 template <typename T>
 constexpr int kForwardRows = sizeof(T) == 2 ? 4 : 1;
 
+// Calls f(Count<n>{}) and returns true when a row of C elements is n whole pairs, n at most kMost.
+template <int N>
+struct Count {
+  static constexpr int value = N;
+};
+template <typename A, int kMost, typename F>
+PYOPS_INLINE bool with_whole_pairs(int64_t C, F&& f) {
+  if constexpr (kMost > 0) {
+    if (C != kMost * 2 * kLanes<A>) return with_whole_pairs<A, kMost - 1>(C, f);
+    f(Count<kMost>{});
+    return true;
+  }
+  return false;
+}
+
+// Rows of kPairs whole pairs stay in registers.
+template <int kPairs, bool kAffine, typename T, typename W, typename A = acc_t<T>>
+__attribute__((noinline)) void forward_short(const LayerNormFwdParams<T, W>& p, Affine<A> a, Range range,
+                                             uint32_t* keep) {
+  constexpr int step = 2 * kLanes<A>;
+  for (int64_t r = range.begin; r < range.end; ++r) {
+    const T* h = p.residual != nullptr ? add_residual(p, r, keep) : p.x + r * p.x_stride;
+    Pair<A> v[kPairs];
+    Vec<A> sum{}, first{}, second{};
+    for (int i = 0; i < kPairs; ++i) {
+      v[i] = load_pair(h + i * step, Full{});
+      sum += v[i].lo + v[i].hi;
+    }
+    const A mean = p.rms ? A{0} : reduce_add<A>(sum) / p.C;
+    for (int i = 0; i < kPairs; ++i) {
+      v[i] = {v[i].lo - mean, v[i].hi - mean};
+      first += v[i].lo + v[i].hi;
+      second += v[i].lo * v[i].lo;
+      second += v[i].hi * v[i].hi;
+    }
+    const Statistics<A> s = statistics_of(mean, first, second, p.C, p.eps, p.rms);
+    const A shift = -s.correction * s.rstd;
+    for (int i = 0; p.y != nullptr && i < kPairs; ++i) {
+      v[i] = {v[i].lo * s.rstd + shift, v[i].hi * s.rstd + shift};
+      if constexpr (kAffine) {
+        const Pair<A> w = load_pair(a.weight + i * step, Full{}), b = load_pair(a.bias + i * step, Full{});
+        v[i] = {v[i].lo * w.lo + b.lo, v[i].hi * w.hi + b.hi};
+      }
+      store_pair(p.y + r * p.C + i * step, v[i], Full{});
+    }
+    if (p.mean != nullptr) p.mean[r] = s.mean + s.correction;
+    if (p.rstd != nullptr) p.rstd[r] = s.rstd;
+  }
+}
+
 template <bool kAffine, typename T, typename W, typename A = acc_t<T>>
 void forward_row_share(const LayerNormFwdParams<T, W>& p, Affine<A> a, Range range, bool stream) {
   Scratch<uint32_t> keep(p.seed ? padded<float>(p.C) + 2 * kLanes<uint32_t> : 0);
+  if constexpr (sizeof(T) > 2) {
+    const auto in_registers = [&](auto pairs) { forward_short<pairs.value, kAffine>(p, a, range, keep.get()); };
+    if (!stream && with_whole_pairs<A, 4>(p.C, in_registers)) return;
+  }
   int64_t r = range.begin;
   for (; r + kForwardRows<T> <= range.end; r += kForwardRows<T>) {
     forward_rows<kForwardRows<T>, kAffine>(p, a, r, keep.get(), stream);
@@ -287,10 +338,6 @@ void forward_tile(const LayerNormFwdParams<T, W>& p, Affine<A> a, int64_t image,
 }
 
 constexpr int kTileVectors = 4;
-template <int N>
-struct Tile {
-  static constexpr int count = N;
-};
 
 // Calls tile(vectors, image, pixel, lanes) for the tiles of a share of the images' pixel blocks.
 template <typename A, typename F>
@@ -301,11 +348,11 @@ void for_each_tile(int64_t P, Range blocks, F&& tile) {
     const int64_t image = block / per_image;
     int64_t pixel = block % per_image * kTileVectors * L;
     if (pixel + kTileVectors * L <= P) {
-      tile(Tile<kTileVectors>{}, image, pixel, Full{});
+      tile(Count<kTileVectors>{}, image, pixel, Full{});
       continue;
     }
-    for (; pixel + L <= P; pixel += L) tile(Tile<1>{}, image, pixel, Full{});
-    if (pixel < P) tile(Tile<1>{}, image, pixel, Partial{static_cast<int>(P - pixel)});
+    for (; pixel + L <= P; pixel += L) tile(Count<1>{}, image, pixel, Full{});
+    if (pixel < P) tile(Count<1>{}, image, pixel, Partial{static_cast<int>(P - pixel)});
   }
 }
 
@@ -323,7 +370,7 @@ void forward_share(const LayerNormFwdParams<T, W>& p, Affine<A> a, int index, in
   }
   for_each_tile<A>(p.P, share(tile_blocks<A>(p.R, p.P), index, count),
                    [&](auto vectors, int64_t image, int64_t pixel, auto lanes) {
-                     forward_tile<vectors.count, kAffine>(p, a, image, pixel, lanes);
+                     forward_tile<vectors.value, kAffine>(p, a, image, pixel, lanes);
                    });
 }
 
@@ -436,11 +483,56 @@ PYOPS_INLINE void backward_rows(const LayerNormBwdParams<T, W>& p, Affine<A> a, 
   }
 }
 
+// Rows of kPairs whole pairs stay in registers, and so do dweight and dbias.
+template <int kPairs, bool kParamGrads, typename T, typename W, typename A = acc_t<T>>
+__attribute__((noinline)) void backward_short(const LayerNormBwdParams<T, W>& p, Affine<A> a, Range range, A* dweight,
+                                              A* dbias) {
+  constexpr int step = 2 * kLanes<A>;
+  Pair<A> dw[kPairs], db[kPairs];
+  for (int64_t r = range.begin; r < range.end; ++r) {
+    const A mean = p.mean != nullptr ? p.mean[r] : A{0}, rstd = p.rstd[r];
+    Pair<A> g[kPairs], x[kPairs];
+    Vec<A> sum_g{}, sum_gx{};
+    for (int i = 0; i < kPairs; ++i) {
+      const Pair<A> d = load_pair(p.dy + r * p.dy_stride + i * step, Full{});
+      const Pair<A> w = load_pair(a.weight + i * step, Full{});
+      x[i] = load_pair(p.saved + r * p.saved_stride + i * step, Full{});
+      x[i] = {(x[i].lo - mean) * rstd, (x[i].hi - mean) * rstd};
+      if constexpr (kParamGrads) {
+        dw[i] = {dw[i].lo + d.lo * x[i].lo, dw[i].hi + d.hi * x[i].hi};
+        db[i] = {db[i].lo + d.lo, db[i].hi + d.hi};
+      }
+      g[i] = {d.lo * w.lo, d.hi * w.hi};
+      sum_g += g[i].lo + g[i].hi;
+      sum_gx += g[i].lo * x[i].lo;
+      sum_gx += g[i].hi * x[i].hi;
+    }
+    A total_g, total_gx;
+    reduce_add<A>(sum_g, sum_gx, total_g, total_gx);
+    const A from_g = p.rms ? A{0} : rstd * (total_g / p.C), from_gx = rstd * (total_gx / p.C);
+    for (int i = 0; p.dx != nullptr && i < kPairs; ++i) {
+      store_pair(p.dx + r * p.C + i * step,
+                 {g[i].lo * rstd - from_g - x[i].lo * from_gx, g[i].hi * rstd - from_g - x[i].hi * from_gx}, Full{});
+    }
+  }
+  for (int i = 0; kParamGrads && i < kPairs; ++i) {
+    store_pair(dweight + i * step, dw[i], Full{});
+    store_pair(dbias + i * step, db[i], Full{});
+  }
+}
+
 constexpr int kBlockRows = 4;
 
 template <bool kFromOutput, bool kParamGrads, typename T, typename W, typename A = acc_t<T>>
 void backward_row_share(const LayerNormBwdParams<T, W>& p, Affine<A> a, Range range, A* dweight, A* dbias,
                         bool stream) {
+  if constexpr (sizeof(T) > 2 && !kFromOutput) {
+    const auto in_registers = [&](auto pairs) {
+      backward_short<pairs.value, kParamGrads>(p, a, range, dweight, dbias);
+    };
+    const bool alone = p.dsum == nullptr && p.dresidual == nullptr && p.seed == nullptr;
+    if (alone && !stream && !needs_mean<kFromOutput>(p) && with_whole_pairs<A, 2>(p.C, in_registers)) return;
+  }
   Scratch<uint32_t> keep(p.seed ? padded<float>(p.C) + 2 * kLanes<uint32_t> : 0);
   int64_t r = range.begin;
   for (; r + kBlockRows <= range.end; r += kBlockRows) {
@@ -511,7 +603,7 @@ void backward_tile_share(const LayerNormBwdParams<T, W>& p, Affine<A> a, Range b
   Scratch<Vec<A>> sums(2 * vectors);
   for (int64_t i = 0; i < 2 * vectors; ++i) sums.get()[i] = Vec<A>{};
   for_each_tile<A>(p.P, blocks, [&](auto tile, int64_t image, int64_t pixel, auto lanes) {
-    backward_tile<tile.count, kFromOutput, kParamGrads>(p, a, image, pixel, lanes, sums.get(), sums.get() + vectors);
+    backward_tile<tile.value, kFromOutput, kParamGrads>(p, a, image, pixel, lanes, sums.get(), sums.get() + vectors);
   });
   for (int64_t c = 0; c < vectors; ++c) {
     dweight[c] = reduce_add<A>(sums.get()[c]);

@@ -183,6 +183,18 @@ PYOPS_INLINE A reduce_add(Vec<A> v) {
   return v[0];
 }
 
+// Sums of the lanes of two vectors at once.
+template <typename A>
+PYOPS_INLINE void reduce_add(Vec<A> a, Vec<A> b, A& sum_a, A& sum_b) {
+  constexpr int L = kLanes<A>;
+  const auto lane = iota<A>(), low = lane < L / 2 ? lane : lane + L / 2;  // the low half of a, the low half of b
+  Vec<A> v = __builtin_shuffle(a, b, low) + __builtin_shuffle(a, b, low + L / 2);
+#pragma GCC unroll 4
+  for (int width = L / 4; width > 0; width /= 2) v += __builtin_shuffle(v, lane ^ width);
+  sum_a = v[0];
+  sum_b = v[L / 2];
+}
+
 // ---- rows in pairs of vectors ----
 //
 // A pair holds 2 L neighbouring columns of a row. Of bf16 its halves are the even and the odd columns: one shift and
