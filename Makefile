@@ -10,11 +10,16 @@ PY := $(VENV)/bin/python
 JOBS := $(or $(MAX_JOBS),$(shell nproc))
 GPU_OUT ?= out/gpu
 
-.PHONY: help demo test test-all build bench lint format gpu sdist clean
+.PHONY: FORCE help demo test test-all build bench lint format gpu sdist clean
 help:
 	@sed -n 's/^# //p' Makefile | head -4; echo "Other targets: build, test-all, bench, lint, format, gpu, sdist, clean"
 
-$(VENV)/.ready: requirements-dev.txt
+# Changes when TORCH does.
+$(VENV)/.torch: FORCE
+	@mkdir -p $(VENV); echo '$(TORCH)' | cmp -s - $@ || echo '$(TORCH)' > $@
+FORCE:
+
+$(VENV)/.ready: requirements-dev.txt $(VENV)/.torch
 	$(PYTHON) -m venv $(VENV) || { echo "the venv module is missing: install python3-venv"; exit 1; }
 	$(PY) -m pip install --quiet --disable-pip-version-check "$(TORCH)"
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
@@ -22,6 +27,7 @@ $(VENV)/.ready: requirements-dev.txt
 
 # The editable install once; afterwards ninja alone decides what a source edit rebuilds.
 $(VENV)/.installed: $(VENV)/.ready setup.py pyproject.toml
+	@echo "building the kernels: minutes with CUDA (where nvcc is found; PYOPS_CUDA=0 leaves it out), else half a minute"
 	$(PY) -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --editable .
 	@touch $@
 

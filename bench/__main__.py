@@ -284,7 +284,8 @@ def report(result: dict, console: Console) -> int:
     for ours, text in failed:
         console.print(f"{'[bold red]OURS FAILED[/]' if ours else '[yellow]peer failed[/]'} {escape(text)}")
     if not result["headline"]:
-        console.print("[bold red]nothing of ours was measured[/]")
+        why = "" if result["cases"] else ": no case matches (--list names them)"
+        console.print(f"[bold red]nothing of ours was measured{why}[/]")
     return int(result["interrupted"] or not result["headline"] or any(ours for ours, _ in failed))
 
 

@@ -174,7 +174,8 @@ def main(arguments: list[str] | None = None) -> int:
     test = {name: accuracy(model, test_images, test_labels) for name, model in models.items()}
     inference = time_inference(models, test_images)
 
-    console.print(f"{sum(p.numel() for p in stock.parameters()):,} parameters, {options.threads} threads")
+    parameters = sum(p.numel() for p in stock.parameters())
+    console.print(f"{parameters:,} parameters, {options.threads} thread{'s' * (options.threads > 1)} (--threads)")
     console.print(summary(test, error, epochs, inference))
     print("Errors are relative to float64, on one batch before training.")
     print(

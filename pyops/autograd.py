@@ -177,5 +177,7 @@ def make(rule: type[Rule]) -> tuple[Callable, type, type]:
 
     for cls, kind in ((Direct, "Direct"), (Plain, ""), (Functorch, "Functorch"), (Backward, "Backward")):
         cls.__name__ = cls.__qualname__ = f"{rule.name}{kind}Function"
+        node = getattr(cls, "_backward_cls", cls)  # what grad_fn shows
+        node.__name__ = node.__qualname__ = f"{rule.name}{kind}FunctionBackward"
     # Function.apply without its look at torch.func, which the caller of `direct` has ruled out.
     return super(torch.autograd.Function, Direct).apply, Plain.apply, Functorch.apply

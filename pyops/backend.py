@@ -46,9 +46,13 @@ except ImportError as error:
     _C, _C_ERROR = None, str(error)
 
 
+def _remedy() -> str:
+    return "correct the variable" if "PYOPS_CPU_ISA" in _C_ERROR else "reinstall pyops"
+
+
 def _cpu_unusable(x: torch.Tensor) -> str | None:
     if _C is None:
-        return f'the extension is missing ({_C_ERROR}); reinstall pyops, or use "eager"'
+        return f'the extension cannot be loaded ({_C_ERROR}); {_remedy()}, or use "eager"'
     if x.device.type != "cpu":
         return f"it serves CPU tensors, not {x.device.type}"
     return None
@@ -56,7 +60,7 @@ def _cpu_unusable(x: torch.Tensor) -> str | None:
 
 def _cuda_unusable(x: torch.Tensor) -> str | None:
     if _C is None:
-        return f'the extension is missing ({_C_ERROR}); reinstall pyops, or use "triton" or "eager"'
+        return f'the extension cannot be loaded ({_C_ERROR}); {_remedy()}, or use "triton" or "eager"'
     if _C.cuda_archs is None:
         return 'it was not built (no nvcc at install, or PYOPS_CUDA=0); use "triton", or reinstall with nvcc'
     if x.device.type != "cuda":
@@ -202,7 +206,7 @@ def explain(op: str, *args: object, backend: str | None = None, **kwargs: object
 
     Args:
         op: the name of a pyops function, "layer_norm" for instance.
-        args, kwargs: its arguments, x first or by name; nothing is computed.
+        args, kwargs: its arguments, x first or by name; nothing is computed, and only x is looked at.
         backend: as in the function itself.
 
     Returns:
@@ -230,9 +234,11 @@ def explain(op: str, *args: object, backend: str | None = None, **kwargs: object
         elif wanted is not None:
             reasons[name] = f"could, but {wanted!r} was asked for"
         elif name in PREFERRED.get(x.device.type, ()):
-            reasons[name] = f"could, but {chosen} comes first"
+            reasons[name] = f"could, but {chosen} comes first" if chosen in BACKENDS else "cannot: x is refused"
         else:
             reasons[name] = "could, when asked for by name"
+    if chosen == "torch":
+        reasons["torch"] = "chosen: torch's own operators"
     return Explanation(op, chosen, reasons)
 
 

@@ -587,6 +587,13 @@ def _float(t: Tensor | None) -> Tensor | None:
     return t if t is None or t.dtype == torch.float64 else t.float()
 
 
+def _distinct(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Views in the place of repeated tensors: Dynamo takes each input of a Function once."""
+    return [
+        t.view_as(t) if t is not None and any(t is other for other in tensors[:i]) else t for i, t in enumerate(tensors)
+    ]
+
+
 def _run(x, residual, weight, bias, seed, c: Config):
     """A valid call by the way that the surroundings allow: (y,) or (y, sum)."""
     if c.backend == "torch" and residual is None and not c.channels_first:
@@ -607,7 +614,9 @@ def _run(x, residual, weight, bias, seed, c: Config):
     if direct and not (_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)):
         y, total, _ = forward_leaf(x, residual, weight, bias, seed, c, statistics=False)
         return (y,) if residual is None else (y, total)
-    outputs = _apply_plain(direct, c, x, residual, weight, bias, seed)
+    if is_compiling():
+        tensors = _distinct(tensors)
+    outputs = _apply_plain(direct, c, *tensors, seed)
     if residual is not None:
         return outputs
     return (outputs[0] if c.from_output else outputs,)
@@ -685,8 +694,8 @@ def layer_norm(
     Raises:
         ValueError, TypeError: ``layer_norm: <argument> must <rule>, got <value>``, before any work is done.
 
-    Differs from torch.nn.functional.layer_norm: float32 parameters beside 16-bit x work on every device; the keyword
-    options; statistics are centred, in float32 (float64 for float64).
+    Differs from torch.nn.functional.layer_norm: the input is called x; float32 parameters beside 16-bit x work on every
+    device; the keyword options; statistics are centred, in float32 (float64 for float64).
     """
     y = _direct(x, None, normalized_shape, weight, bias, eps, zero_centred, 0.0, backend, from_output=memory_efficient)
     if y is not None:
@@ -756,7 +765,7 @@ def add_layer_norm(
         sum = dropout(x, p) + residual        y = layer_norm(sum, sum.shape[-1:], weight, bias, eps)
 
     Args:
-        x, residual: (..., C), same shape, dtype and device.
+        x, residual: (..., C), same shape, dtype and device; under autocast of two dtypes, which are then promoted.
         weight, bias, eps, zero_centred, keep_dtype, backend: as in :func:`layer_norm`, over C.
         p: probability of dropping an element of x, in [0, 1]; kept ones are scaled by 1 / (1 - p).
         training: False leaves dropout out.
@@ -780,12 +789,16 @@ def add_layer_norm(
     if x.dim() == 0 or x.shape[-1] < 1:
         _fail(op, "x", "have a last dimension of at least 1", f"shape {tuple(x.shape)}")
     eps = _check_eps(op, eps)
-    _check_parameters(op, x, tuple(x.shape[-1:]), weight, bias)
     _check_tensor(op, "residual", residual, x)
+    if residual.dtype != x.dtype and torch.is_autocast_enabled(x.device.type):
+        # The sum of a 16-bit branch and a float32 stream is float32, as x + residual would be.
+        wide = torch.promote_types(x.dtype, residual.dtype)
+        x, residual = x.to(wide), residual.to(wide)
     if residual.shape != x.shape:
         _fail(op, "residual", f"have the shape of x, {tuple(x.shape)}", tuple(residual.shape))
     if residual.dtype != x.dtype:
         _fail(op, "residual", f"have the dtype of x, {x.dtype}", residual.dtype, TypeError)
+    _check_parameters(op, x, tuple(x.shape[-1:]), weight, bias)
     if not isinstance(p, (int, float)):
         _fail(op, "p", "be a number", type(p).__name__, TypeError)
     if not 0.0 <= p <= 1.0:
@@ -897,7 +910,7 @@ class LayerNorm(nn.LayerNorm):
 class RMSNorm(nn.RMSNorm):
     """torch.nn.RMSNorm on :func:`pyops.rms_norm`; same arguments, parameters and state_dict.
 
-    Differs from torch.nn.RMSNorm: the keyword options of :func:`pyops.rms_norm`.
+    Differs from torch.nn.RMSNorm: the keyword options of :func:`pyops.rms_norm`, and its dtypes of weight.
     """
 
     zero_centred = False

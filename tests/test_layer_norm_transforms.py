@@ -628,6 +628,35 @@ def test_autocast_to_float(op: str, kernels: Target, monkeypatch: pytest.MonkeyP
     assert (kept if isinstance(kept, Tensor) else kept[0]).dtype == torch.bfloat16
 
 
+def test_autocast_of_a_branch_beside_a_float32_stream(backend: Target) -> None:
+    """The pre-norm block under autocast: a 16-bit branch and a float32 stream have a float32 sum, as in torch."""
+    stream = torch.randn(3, 8, device=backend.device)
+    linear, weight = nn.Linear(8, 8).to(backend.device), torch.randn(8, device=backend.device)
+    with torch.autocast(backend.device, dtype=torch.bfloat16):
+        branch = linear(stream)
+        y, total = pyops.add_layer_norm(branch, stream, weight, backend=backend.name)
+        expected = F.layer_norm(branch + stream, (8,), weight)
+    assert (branch.dtype, y.dtype, total.dtype) == (torch.bfloat16, torch.float32, torch.float32)
+    torch.testing.assert_close(y, expected)
+    y.sum().backward()
+    assert linear.weight.grad.dtype == torch.float32
+
+
+@pytest.mark.usefixtures("fresh_compile")
+def test_compile_with_a_repeated_tensor(quick: Target) -> None:
+    x, w = torch.randn(3, 8, requires_grad=True), torch.randn(8, requires_grad=True)
+
+    def f(x: Tensor, w: Tensor) -> Tensor:
+        return pyops.add_layer_norm(x, x, w, w, backend=quick.name)[0] + pyops.rms_norm(w, (8,), w, backend=quick.name)
+
+    compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
+    upstream = torch.randn(3, 8)
+    for mine, expected in zip(
+        torch.autograd.grad(compiled(x, w), (x, w), upstream), torch.autograd.grad(f(x, w), (x, w), upstream)
+    ):
+        torch.testing.assert_close(mine, expected)
+
+
 @pytest.mark.usefixtures("fresh_compile")
 def test_autocast_inside_compile(quick: Target) -> None:
     layer = nn.Sequential(nn.Linear(8, 8), pyops.nn.LayerNorm(8, backend=quick.name), nn.Linear(8, 8))
