@@ -298,8 +298,8 @@ def test_without_the_extension() -> None:
     done = run_python(HIDDEN)
     assert done.returncode == 0, done.stderr[-3000:]
     messages = done.stdout.splitlines()
-    assert messages[0].startswith("layer_norm: backend must be able to serve x, got 'cpu': the extension cannot be loaded (")
-    assert messages[1].startswith("layer_norm: backend must be able to serve x, got 'cuda': the extension cannot be loaded (")
+    assert messages[0].startswith("layer_norm: backend must be able to serve x, got 'cpu': the extension cannot be")
+    assert messages[1].startswith("layer_norm: backend must be able to serve x, got 'cuda': the extension cannot be")
     assert 'use "triton" or "eager"' in messages[1]
     assert messages[2] == "layer_norm runs on torch"
     said = [line for line in done.stderr.splitlines() if "runs torch's own operator" in line]
