@@ -248,6 +248,27 @@ def test_eps_of_zero(backend: Target, variant: dict) -> None:
     assert torch.equal(y.isnan(), torch_outputs(case, t)["y"].isnan())
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_cpu_streams_the_same_bits(dtype: torch.dtype) -> None:
+    """Outputs that outgrow the cache (24 MiB of traffic per thread) go past it; half as many rows do not."""
+    C, threads = 1024, torch.get_num_threads()
+    R = (24 << 20) // (2 * C * dtype.itemsize)
+    x, dy, weight, bias = (torch.randn(*shape).to(dtype) for shape in ((R, C), (R, C), (C,), (C,)))
+
+    def results(rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        leaf = x[rows].clone().requires_grad_()
+        y = pyops.layer_norm(leaf, (C,), weight, bias, backend="cpu")
+        return y.detach(), torch.autograd.grad(y, leaf, dy[rows])[0]
+
+    torch.set_num_threads(1)
+    try:
+        whole, halves = results(slice(None)), zip(results(slice(R // 2)), results(slice(R // 2, R)))
+    finally:
+        torch.set_num_threads(threads)
+    for streamed, plain in zip(whole, halves):
+        assert torch.equal(streamed, torch.cat(plain))
+
+
 def test_rms_norm_default_eps(backend: Target) -> None:
     """eps=None is torch's: the machine epsilon of the arithmetic. It shows where x is tiny."""
     for dtype in DTYPES:
