@@ -7,6 +7,7 @@ import importlib.util
 from collections.abc import Callable
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .case import Case, Provider
 
@@ -52,6 +53,39 @@ class CompileMaxAutotune(Compile):
     name = "compile max-autotune"
     devices = ("cuda",)
     options = {"mode": "max-autotune-no-cudagraphs"}
+
+
+class SdpaMath(Peer):
+    """One of the kernels behind F.scaled_dot_product_attention, which chooses by itself otherwise."""
+
+    name = "sdpa math"
+    kernel = "MATH"
+
+    def attention(self, case: Case) -> Callable:
+        kernel = getattr(SDPBackend, self.kernel)
+
+        def run(*args):
+            with sdpa_kernel(kernel):
+                return case.eager(*args)
+
+        return run
+
+
+class SdpaFlash(SdpaMath):
+    name = "sdpa flash"
+    kernel = "FLASH_ATTENTION"
+
+
+class SdpaEfficient(SdpaMath):
+    name = "sdpa mem-efficient"
+    devices = ("cuda",)
+    kernel = "EFFICIENT_ATTENTION"
+
+
+class SdpaCudnn(SdpaMath):
+    name = "sdpa cudnn"
+    devices = ("cuda",)
+    kernel = "CUDNN_ATTENTION"
 
 
 class Liger(Peer):
@@ -121,7 +155,7 @@ class Quack(Peer):
         return lambda x, weight: rmsnorm(x, weight, eps=eps)
 
 
-PEERS = (Eager, Compile, CompileMaxAutotune, Liger, Quack)
+PEERS = (Eager, Compile, CompileMaxAutotune, SdpaMath, SdpaFlash, SdpaEfficient, SdpaCudnn, Liger, Quack)
 OURS = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
 
 

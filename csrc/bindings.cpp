@@ -33,6 +33,7 @@ PYBIND11_MODULE(PYOPS_MODULE_NAME, m) {
         .forward_ad = keep(torch.attr("autograd").attr("forward_ad").attr("__dict__")),
     };
   });
+  pyops::bind_attention(m);
   pyops::bind_layer_norm(m);
 #ifndef PYOPS_SIMT
   m.attr("cpu_isa") = pyops::cpu_isa_name(pyops::cpu_isa());

@@ -9,10 +9,19 @@ namespace pyops {
 namespace {
 constexpr CpuIsa kLevels[] = {CpuIsa::baseline, CpuIsa::avx2, CpuIsa::avx512, CpuIsa::avx512_bf16};
 
+// Intel's vdpbf16ps does no more than half of the products per second that its FMA does on float (measured, see
+// bench/notes/attention.md), AMD's twice as many.
+CpuIsa fastest(CpuIsa best) {
+#if defined(__x86_64__)
+  if (best == CpuIsa::avx512_bf16 && __builtin_cpu_is("intel")) return CpuIsa::avx512;
+#endif
+  return best;
+}
+
 CpuIsa choose() {
   const CpuIsa best = cpu_isa_best();
   const char* wanted = std::getenv("PYOPS_CPU_ISA");
-  if (wanted == nullptr || *wanted == '\0') return best;
+  if (wanted == nullptr || *wanted == '\0') return fastest(best);
   for (CpuIsa level : kLevels) {
     if (std::string(wanted) != cpu_isa_name(level)) continue;
     if (level <= best) return level;

@@ -5,8 +5,8 @@ namespace pyops {
 
 enum class CpuIsa { baseline, avx2, avx512, avx512_bf16 };
 
-// Chosen once, from CPUID and PYOPS_CPU_ISA (which may lower the choice). Throws when the variable names a level that
-// does not exist or that this processor lacks.
+// Chosen once, from CPUID and PYOPS_CPU_ISA (any level that this processor has). Throws when the variable names a level
+// that does not exist or that this processor lacks.
 CpuIsa cpu_isa();
 const char* cpu_isa_name(CpuIsa isa);
 // The highest level that this processor and this build have.

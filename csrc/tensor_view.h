@@ -67,6 +67,14 @@ template <>
 constexpr DLDataType dl_dtype<int64_t>() {
   return {kDLInt, 64, 1};
 }
+template <>
+constexpr DLDataType dl_dtype<int32_t>() {
+  return {kDLInt, 32, 1};
+}
+template <>
+constexpr DLDataType dl_dtype<bool>() {
+  return {kDLBool, 8, 1};
+}
 
 template <typename T>
 bool has_dtype(const TensorView& v) {

@@ -30,7 +30,8 @@ MOST_ACCURACY_DIFFERENCE = 0.015  # 5 of 360 test images; rounding alone moves o
 MOST_ERROR_RATIO = 2.0
 ROUNDING_FLOOR = 4.5 * torch.finfo(torch.float32).eps
 INFERENCE_REPEATS = 40
-TIMED_STEPS = 20
+TIMED_STEPS = 40
+KINDS = (nn.LayerNorm, nn.MultiheadAttention)
 
 
 def errors(model: nn.Module, exact: dict[str, Tensor], images: Tensor, labels: Tensor) -> tuple[float, float]:
@@ -77,29 +78,45 @@ def time_inference(models: dict[str, nn.Module], images: Tensor) -> dict[str, fl
     return {name: statistics.median(times) for name, times in seconds.items()}
 
 
-def layer_norm_share(model: nn.Module, step: Callable[[], object]) -> float:
-    """The part of a training step that the LayerNorms of the model take, forward and backward, measured by hooks."""
-    start = spent = 0.0
+def time_layers(model: nn.Module, step: Callable[[], object]) -> dict[str, float]:
+    """Seconds of a training step by kind of layer, forward and backward, measured by hooks, and of all of it."""
+    spent: dict[str, float] = {}
+    start: dict[str, float] = {}
 
-    def enter(*_: object) -> None:
-        nonlocal start
-        start = time.perf_counter()
+    def watch(module: nn.Module, kind: str) -> None:
+        def enter(*_: object) -> None:
+            start[kind] = time.perf_counter()
 
-    def leave(*_: object) -> None:
-        nonlocal spent
-        spent += time.perf_counter() - start
+        def leave(*_: object) -> None:
+            spent[kind] = spent.get(kind, 0.0) + time.perf_counter() - start[kind]
+
+        module.register_forward_pre_hook(enter)
+        module.register_forward_hook(leave)
+        module.register_full_backward_pre_hook(enter)
+        module.register_full_backward_hook(leave)
 
     for module in model.modules():
-        if isinstance(module, nn.LayerNorm):
-            module.register_forward_pre_hook(enter)
-            module.register_forward_hook(leave)
-            module.register_full_backward_pre_hook(enter)
-            module.register_full_backward_hook(leave)
+        for kind in KINDS:
+            if isinstance(module, kind):
+                watch(module, kind.__name__)
     step()  # warm up
-    spent, began = 0.0, time.perf_counter()
+    spent.clear()
+    began = time.perf_counter()
     for _ in range(TIMED_STEPS):
         step()
-    return spent / (time.perf_counter() - began)
+    spent["step"] = time.perf_counter() - began
+    return {kind: seconds / TIMED_STEPS for kind, seconds in spent.items()}
+
+
+def layers_table(times: dict[str, dict[str, float]]) -> Table:
+    """What each kind of layer takes of a training step, stock and replaced."""
+    columns = ("share of a stock step", "stock, ms", "pyops, ms", "stock / pyops")
+    table = Table("", *(Column(name, justify="right") for name in columns))
+    for kind in (kind.__name__ for kind in KINDS):
+        stock, ours = times["stock"][kind], times["pyops"][kind]
+        share = stock / times["stock"]["step"]
+        table.add_row(kind, f"{share:.1%}", f"{1e3 * stock:.2f}", f"{1e3 * ours:.2f}", f"{stock / ours:.2f}")
+    return table
 
 
 def draw(path: Path, trainers: dict[str, Trainer]) -> None:
@@ -165,8 +182,10 @@ def main(arguments: list[str] | None = None) -> int:
     exact = results(copy.deepcopy(stock).double(), batch[0].double(), batch[1])
     error = {name: errors(model, exact, *batch) for name, model in models.items()}
 
-    probe = copy.deepcopy(stock)
-    share = layer_norm_share(probe, Trainer(probe, *batch, epochs=1 + TIMED_STEPS).train_epoch)
+    layers = {}
+    for name, model in models.items():
+        probe = copy.deepcopy(model)
+        layers[name] = time_layers(probe, Trainer(probe, *batch, epochs=1 + TIMED_STEPS).train_epoch)
     trainers = {
         name: Trainer(model, train_images, train_labels, options.epochs, options.seed) for name, model in models.items()
     }
@@ -178,9 +197,7 @@ def main(arguments: list[str] | None = None) -> int:
     console.print(f"{parameters:,} parameters, {options.threads} thread{'s' * (options.threads > 1)} (--threads)")
     console.print(summary(test, error, epochs, inference))
     print("Errors are relative to float64, on one batch before training.")
-    print(
-        f"LayerNorm takes {share:.1%} of a stock training step: were it free, {1 / (1 - share):.2f} would be the ratio."
-    )
+    console.print(layers_table(layers))
 
     plot = options.out / "vision_transformer.png"
     draw(plot, trainers)

@@ -1,6 +1,7 @@
 """Fused neural-network kernels for PyTorch on CPU, CUDA and Triton, with gradients of every order."""
 
 from . import nn
+from .attention import scaled_dot_product_attention, varlen_attention
 from .backend import explain, use_backend
 from .layer_norm import add_layer_norm, layer_norm, layer_norm2d, rms_norm
 from .replace import replace
@@ -15,5 +16,7 @@ __all__ = [
     "nn",
     "replace",
     "rms_norm",
+    "scaled_dot_product_attention",
     "use_backend",
+    "varlen_attention",
 ]

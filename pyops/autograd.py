@@ -33,6 +33,7 @@ class Rule:
     n_tensors: int
     n_saved: int
     n_grads: int
+    recomputed: Sequence[int] = ()  # saved tensors through which `formula` sends no gradient
 
     @staticmethod
     def forward(direct: bool, tensors: Tensors, config: tuple) -> tuple:
@@ -95,7 +96,8 @@ def make(rule: type[Rule]) -> tuple[Callable, type, type]:
         @staticmethod
         def backward(ctx: Any, *grads_of_grads: torch.Tensor | None) -> tuple:
             inputs = ctx.saved_tensors
-            at = [i for i, t in enumerate(inputs) if t is not None and t.is_floating_point()]
+            constant = {n_grads + i for i in rule.recomputed}
+            at = [i for i, t in enumerate(inputs) if t is not None and t.is_floating_point() and i not in constant]
 
             def formula(*tensors: torch.Tensor) -> tuple:
                 full = list(inputs)

@@ -14,9 +14,11 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import importlib.abc
 import importlib.util
 import logging
 import os
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import ModuleType
@@ -103,8 +105,17 @@ BACKENDS = {
 PREFERRED = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
 _CPU_IS_FIRST = _C is not None
 
-# The public functions, for explain().
-OPERATIONS = ("layer_norm", "rms_norm", "add_layer_norm", "layer_norm2d")
+# The public functions, for explain(): their module, and the arguments that decide (the first one above all).
+FUNCTIONS = {
+    "layer_norm": ("layer_norm", ("x",)),
+    "rms_norm": ("layer_norm", ("x",)),
+    "add_layer_norm": ("layer_norm", ("x",)),
+    "layer_norm2d": ("layer_norm", ("x",)),
+    "scaled_dot_product_attention": ("attention", ("query", "key", "value")),
+    "attention": ("attention", ("query", "key", "value")),
+    "varlen_attention": ("attention", ("q", "k", "v")),
+}
+OPERATIONS = tuple(name for name, (stem, _) in FUNCTIONS.items() if stem == "layer_norm")
 SERVES_JAGGED = ("layer_norm", "rms_norm")  # by torch's own operator
 
 _forced: str | None = None
@@ -140,22 +151,33 @@ def use_backend(name: str | None) -> Iterator[None]:
         _forced = before
 
 
-def choose(op: str, x: torch.Tensor, name: str | None) -> str:
+Limit = Callable[[str], "str | None"]
+
+
+def choose(op: str, x: torch.Tensor, name: str | None, limit: Limit | None = None) -> str:
     """The backend that runs ``op`` on a tensor like ``x``: a name of BACKENDS, or "torch" where none serves it.
 
-    A named backend is used or refused with the reason and the remedy; it is never replaced by another one.
+    A named backend is used or refused with the reason and the remedy; it is never replaced by another one. ``limit``
+    tells why a backend's kernels of this operation do not serve the call (None when they do); those of the CPU serve
+    every call.
     """
     if name is None:
         name = _forced
     if _CPU_IS_FIRST and name in (None, "cpu") and x.is_cpu and not x.is_nested:
         return "cpu"
-    chosen, why = _choose(op, x, name)
+    chosen, why = _choose(op, x, name, limit)
     if chosen == "torch":
         _log_fallback(op, "jagged nested tensors" if x.is_nested else f"{x.device.type} tensors", why)
     return chosen
 
 
-def _choose(op: str, x: torch.Tensor, name: str | None) -> tuple[str, str]:
+def _unusable(name: str, x: torch.Tensor, limit: Limit | None) -> str | None:
+    """Why a backend does not serve the call; None when it does."""
+    reason = BACKENDS[name].unusable(x)
+    return limit(name) if reason is None and limit is not None else reason
+
+
+def _choose(op: str, x: torch.Tensor, name: str | None, limit: Limit | None = None) -> tuple[str, str]:
     """The name, and for "torch" the reason."""
     if name is not None:
         check_name(op, name)
@@ -167,13 +189,13 @@ def _choose(op: str, x: torch.Tensor, name: str | None) -> tuple[str, str]:
     if name is None:
         reasons = {}
         for candidate in PREFERRED.get(x.device.type, ()):
-            reasons[candidate] = BACKENDS[candidate].unusable(x)
+            reasons[candidate] = _unusable(candidate, x, limit)
             if reasons[candidate] is None:
                 return candidate, ""
         return "torch", "; ".join(f"{n}: {why}" for n, why in reasons.items()) or "no backend serves them"
-    reason = "it serves strided tensors, not jagged ones" if x.is_nested else BACKENDS[name].unusable(x)
+    reason = "it serves strided tensors, not jagged ones" if x.is_nested else _unusable(name, x, limit)
     if reason is not None:
-        raise ValueError(f"{op}: backend must be able to serve x, got {name!r}: {reason}")
+        raise ValueError(f"{op}: backend must be able to serve {FUNCTIONS[op][1][0]}, got {name!r}: {reason}")
     return name, ""
 
 
@@ -206,27 +228,36 @@ def explain(op: str, *args: object, backend: str | None = None, **kwargs: object
 
     Args:
         op: the name of a pyops function, "layer_norm" for instance.
-        args, kwargs: its arguments, x first or by name; nothing is computed, and only x is looked at.
+        args, kwargs: its arguments, positional or by name; nothing is computed, and only the tensors that decide are
+            looked at: x, or query, key and value.
         backend: as in the function itself.
 
     Returns:
         Explanation: ``chosen`` and ``reasons`` by backend; its ``str`` is a table.
     """
-    x = args[0] if args else kwargs.get("x")
-    if not isinstance(x, torch.Tensor):
-        raise TypeError(f"explain: x must be a torch.Tensor, got {type(x).__name__}")
-    if op not in OPERATIONS:
-        raise ValueError(f"explain: op must be one of {', '.join(OPERATIONS)}, got {op!r}")
+    if op not in FUNCTIONS:
+        raise ValueError(f"explain: op must be one of {', '.join(FUNCTIONS)}, got {op!r}")
+    stem, names = FUNCTIONS[op]
+    tensors = [*args[: len(names)], *(kwargs.get(name) for name in names[len(args) :])]
+    for name, tensor in zip(names, tensors):
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"explain: {name} must be a torch.Tensor, got {type(tensor).__name__}")
+    limits = getattr(importlib.import_module(f"pyops.{stem}"), "LIMITS", {})
+
+    def limit(name: str) -> str | None:
+        return limits[name](*tensors) if name in limits else None
+
+    x = tensors[0]
     reasons = {}
     wanted = backend if backend is not None else _forced
     try:
         if x.dtype not in FLOATING:
-            raise TypeError(f"{op}: x must have dtype float64, float32, bfloat16 or float16, got {x.dtype}")
-        chosen, _ = _choose(op, x, wanted)
+            raise TypeError(f"{op}: {names[0]} must have dtype float64, float32, bfloat16 or float16, got {x.dtype}")
+        chosen, _ = _choose(op, x, wanted, limit)
     except (TypeError, ValueError) as error:
         chosen = f"nothing ({error})"
-    for name, candidate in BACKENDS.items():
-        reason = candidate.unusable(x)
+    for name in BACKENDS:
+        reason = _unusable(name, x, limit)
         if name == chosen:
             reasons[name] = "chosen" if wanted is None else "chosen: asked for by name"
         elif reason is not None:
@@ -234,7 +265,9 @@ def explain(op: str, *args: object, backend: str | None = None, **kwargs: object
         elif wanted is not None:
             reasons[name] = f"could, but {wanted!r} was asked for"
         elif name in PREFERRED.get(x.device.type, ()):
-            reasons[name] = f"could, but {chosen} comes first" if chosen in BACKENDS else "cannot: x is refused"
+            reasons[name] = (
+                f"could, but {chosen} comes first" if chosen in BACKENDS else f"cannot: {names[0]} is refused"
+            )
         else:
             reasons[name] = "could, when asked for by name"
     if chosen == "torch":
@@ -329,3 +362,33 @@ def needs_definition() -> bool:
 @_constant_when_compiled
 def _forward_ad_constant() -> bool:
     return _forward_ad_active()
+
+
+# ---- what waits for a module that an import of pyops does not load ----
+
+
+class _AfterImport(importlib.abc.MetaPathFinder):
+    def __init__(self, module: str, action: Callable[[], None]):
+        self.module, self.action = module, action
+
+    def find_spec(self, fullname: str, path: object = None, target: object = None) -> object:  # noqa: ARG002
+        if fullname != self.module:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        load, action = spec.loader.exec_module, self.action
+
+        def exec_module(module: ModuleType) -> None:
+            load(module)
+            action()
+
+        spec.loader.exec_module = exec_module
+        return spec
+
+
+def when_imported(module: str, action: Callable[[], None]) -> None:
+    """Calls ``action`` once ``module`` is loaded, now or later."""
+    if module in sys.modules:
+        action()
+    else:
+        sys.meta_path.insert(0, _AfterImport(module, action))

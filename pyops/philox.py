@@ -22,11 +22,12 @@ def drop_scale(p: float) -> float:
     return 1.0 / (1.0 - p) if p < 1.0 else 0.0
 
 
-def keep_mask(seed: torch.Tensor, rows: int, columns: int, p: float) -> torch.Tensor:
-    """(rows, columns) bool: True where dropout of probability ``p`` keeps the element."""
-    row = torch.arange(rows, device=seed.device)[:, None]
-    group = torch.arange((columns + 3) // 4, device=seed.device)[None, :]
-    lanes = philox(seed, group, row)
+def keep_mask(seed: torch.Tensor, rows: int | torch.Tensor, columns: int, p: float) -> torch.Tensor:
+    """(*rows, columns) bool: True where dropout of probability ``p`` keeps the element. ``rows`` are the numbers of the
+    rows, or how many there are."""
+    row = rows if isinstance(rows, torch.Tensor) else torch.arange(rows, device=seed.device)
+    group = torch.arange((columns + 3) // 4, device=seed.device)
+    lanes = philox(seed, group, row[..., None])
     kept = (torch.stack(lanes, -1) >> (32 - _LANE_BITS)) >= -int(-p * 2**_LANE_BITS // 1)
     return kept.flatten(-2)[..., :columns]
 

@@ -26,6 +26,9 @@ class _Swap:
 _SWAPS = (
     _Swap("layer_norm", nn.LayerNorm, fused.LayerNorm),
     _Swap("layer_norm", nn.RMSNorm, fused.RMSNorm),
+    _Swap("attention", nn.MultiheadAttention, fused.MultiheadAttention),
+    _Swap("attention", nn.TransformerEncoderLayer, fused.TransformerEncoderLayer),
+    _Swap("attention", nn.TransformerDecoderLayer, fused.TransformerDecoderLayer),
 )
 _STEMS = tuple(dict.fromkeys(swap.stem for swap in _SWAPS))
 
@@ -104,7 +107,8 @@ def replace(model: nn.Module, *, only: _Entries = None, skip: _Entries = None, d
         model: any module, also a single layer. Call this before the model is traced, quantised or sharded; `undo()`
             it before torch.jit.script, which takes no pyops module.
         only: replace nothing but these. One entry or several, each of them
-            a stem such as "layer_norm" (all layers of that family; this reading wins over a path of the same name),
+            a stem, "layer_norm" or "attention" (the layers of that family; this reading wins over a path of the same
+            name),
             a module path with shell-style wildcards ("encoder.*.norm1"), or a module class.
             A path or class selects the modules that it matches and everything inside them. None: everything.
         skip: leave these alone; wins over `only`.
@@ -114,15 +118,16 @@ def replace(model: nn.Module, *, only: _Entries = None, skip: _Entries = None, d
 
         replaced  ok               nothing to add
                   tied             one module at several paths; `row.paths` lists them
-                  fastpath         inside an nn.TransformerEncoderLayer. In eval() without gradients that layer runs a
-                                   fused operator which reads the weights of its children and never calls them, so the
-                                   replacement serves training. `torch.backends.mha.set_fastpath_enabled(False)` turns
-                                   the operator off
+                  fastpath         inside an nn.TransformerEncoderLayer that is not replaced. In eval() without
+                                   gradients that layer runs a fused operator which reads the weights of its children
+                                   and never calls them, so the replacement serves training.
+                                   `torch.backends.mha.set_fastpath_enabled(False)` turns the operator off
                   compiled         compiled before; it recompiles at its next call
         kept      already          has a pyops class
                   only, skip       not selected
                   subclass         a class derived from torch's: its behaviour is unknown
-                  patched          `forward` is set on the instance, which hides that of any class
+                  patched          `forward` is set on the instance, which hides that of any class; or a part of it that
+                                   the pyops class does not call (`_sa_block`, `_mha_block`, `_ff_block`)
                   parametrized     by torch.nn.utils.parametrize
                   scripted         by torch.jit
                   quantised        a quantised module, or one prepared for it
@@ -137,13 +142,13 @@ def replace(model: nn.Module, *, only: _Entries = None, skip: _Entries = None, d
         raise TypeError(f"replace: model must be a torch.nn.Module, got {type(model).__name__}")
     modules = dict(model.named_modules(remove_duplicate=False))
     chosen = None if only is None else _select("only", only, modules)
-    skipped = {} if skip is None else _select("skip", skip, modules)
+    skipped = _Selection({}, {}) if skip is None else _select("skip", skip, modules)
 
     paths_of: dict[int, list[str]] = {}  # by id(): the same module, not an equal one
     for path, module in modules.items():
         paths_of.setdefault(id(module), []).append(path)
 
-    rows, swapped = [], []
+    found, swapped = [], []
     for paths in paths_of.values():
         module = modules[paths[0]]
         swap = _find_swap(module)
@@ -151,12 +156,15 @@ def replace(model: nn.Module, *, only: _Entries = None, skip: _Entries = None, d
             continue
         lineage = [path for leaf in paths for path in _lineage(leaf)]
         parents = [modules[path] for path in lineage if modules[path] is not module]
-        refusal = _refusal(module, swap, parents) or _unselected(lineage, chosen, skipped)
-        if refusal:
-            action, (code, reason) = "kept", refusal
-        else:
-            action, (code, reason) = "replaced", _note(module, swap, paths, parents)
+        refusal = _refusal(module, swap, parents) or _unselected(paths, lineage, chosen, skipped)
+        if not refusal:
             swapped.append((module, swap))
+        found.append((paths, module, swap, parents, refusal))
+
+    rows, exchanged = [], {id(module) for module, _ in swapped}
+    for paths, module, swap, parents, refusal in found:
+        code, reason = refusal or _note(module, swap, paths, parents, exchanged)
+        action = "kept" if refusal else "replaced"
         rows.append(Row(paths[0], _class_name(type(module)), action, code, reason, tuple(paths)))
 
     if dry_run:
@@ -166,11 +174,24 @@ def replace(model: nn.Module, *, only: _Entries = None, skip: _Entries = None, d
     return ReplaceReport(rows, len(paths_of), dry_run, swapped)
 
 
-def _select(argument: str, entries: _Entries, modules: dict[str, nn.Module]) -> dict[str, str]:
-    """Maps the path of every module that an entry matches to the text of that entry."""
+@dataclass(frozen=True)
+class _Selection:
+    """What `only` or `skip` matched: paths, and the text of the entry that did."""
+
+    alone: dict[str, str]  # of the modules of a family
+    within: dict[str, str]  # of modules that stand for everything inside them
+
+    def match(self, paths: Iterable[str], lineage: Iterable[str]) -> str | None:
+        """The entry that selects the module with these paths, or None."""
+        hits = [self.within[path] for path in lineage if path in self.within]
+        hits += [self.alone[path] for path in paths if path in self.alone]
+        return hits[0] if hits else None
+
+
+def _select(argument: str, entries: _Entries, modules: dict[str, nn.Module]) -> _Selection:
     entries = [entries] if isinstance(entries, (str, type)) or not isinstance(entries, Iterable) else list(entries)
     known = {cls for swap in _SWAPS for cls in (swap.torch_class, swap.fused_class)}
-    selected = {}
+    selection = _Selection({}, {})
     for entry in entries:
         if isinstance(entry, type) and issubclass(entry, nn.Module):
             text = _class_name(entry)
@@ -189,8 +210,8 @@ def _select(argument: str, entries: _Entries, modules: dict[str, nn.Module]) -> 
                 f"replace: {argument} must match a module of the model by path or class, or be a stem ({stems}), "
                 f"got {text}"
             )
-        selected.update(dict.fromkeys(paths, text))
-    return selected
+        (selection.alone if entry in _STEMS else selection.within).update(dict.fromkeys(paths, text))
+    return selection
 
 
 def _lineage(path: str) -> list[str]:
@@ -222,8 +243,9 @@ def _refusal(module: nn.Module, swap: _Swap, parents: list[nn.Module]) -> tuple[
         return "fsdp", "is sharded by FSDP; replace before sharding"
     if cls is not swap.torch_class:
         return "subclass", f"is not exactly {_class_name(swap.torch_class)}"
-    if "forward" in module.__dict__:
-        return "patched", "forward is set on the instance, which hides that of any class"
+    for name in ("forward", "_sa_block", "_mha_block", "_ff_block"):
+        if name in module.__dict__:
+            return "patched", f"{name} is set on the instance, which hides that of any class"
     for name, parameter in module.named_parameters(recurse=False):
         if type(parameter) is not nn.Parameter:
             return "tensor_subclass", f"{name} is a {type(parameter).__name__}, not a plain tensor"
@@ -232,19 +254,24 @@ def _refusal(module: nn.Module, swap: _Swap, parents: list[nn.Module]) -> tuple[
     return None
 
 
-def _unselected(lineage: list[str], chosen: dict[str, str] | None, skipped: dict[str, str]) -> tuple[str, str] | None:
-    for path in lineage:
-        if path in skipped:
-            return "skip", f"matches skip={skipped[path]}"
-    if chosen is not None and chosen.keys().isdisjoint(lineage):
+def _unselected(
+    paths: list[str], lineage: list[str], chosen: _Selection | None, skipped: _Selection
+) -> tuple[str, str] | None:
+    entry = skipped.match(paths, lineage)
+    if entry is not None:
+        return "skip", f"matches skip={entry}"
+    if chosen is not None and chosen.match(paths, lineage) is None:
         return "only", "matches no entry of only"
     return None
 
 
-def _note(module: nn.Module, swap: _Swap, paths: list[str], parents: list[nn.Module]) -> tuple[str, str]:
-    """What the user should know about a replaced module; the first note gives the code."""
+def _note(
+    module: nn.Module, swap: _Swap, paths: list[str], parents: list[nn.Module], exchanged: set[int]
+) -> tuple[str, str]:
+    """What the user should know about a replaced module; the first note gives the code. ``exchanged``: the id() of all
+    modules that get another class."""
     notes = []
-    if any(_has_fast_path(m) for m in parents):
+    if any(_has_fast_path(m) for m in parents if id(m) not in exchanged):
         notes.append(("fastpath", "TransformerEncoderLayer bypasses it in eval() without grad"))
     if any(_is_compiled(m) for m in (module, *parents)):
         notes.append(("compiled", "recompiles at the next call"))
@@ -266,7 +293,7 @@ def _is_compiled(module: nn.Module) -> bool:
 
 def _has_fast_path(module: nn.Module) -> bool:
     """The lasting conditions of nn.TransformerEncoderLayer.forward; mode, hooks, autocast change from call to call."""
-    if not isinstance(module, nn.TransformerEncoderLayer):
+    if not isinstance(module, nn.TransformerEncoderLayer) or isinstance(module, fused.TransformerEncoderLayer):
         return False
     try:
         return bool(

@@ -114,7 +114,7 @@ def test_training_lowers_the_loss_and_repeats(data: tuple) -> None:
 def test_replaced_model_agrees(data: tuple) -> None:
     model = VisionTransformer().double()
     replaced = copy.deepcopy(model)
-    assert len(pyops.replace(replaced).replaced) == 9
+    assert len(pyops.replace(replaced).replaced) == 13
     batch = data[0][:8].double(), data[1][:8]
     exact = demo.results(model, *batch)
     with Oracle("vision transformer") as oracle:
@@ -137,11 +137,13 @@ def test_errors_are_relative_to_the_exact_result(data: tuple) -> None:
     assert demo.errors(model, wrong, *batch) == (right[0], pytest.approx(0.5, rel=1e-4))
 
 
-def test_layer_norm_share_is_a_part() -> None:
-    model = nn.Sequential(nn.LayerNorm(64), nn.Linear(64, 64))
-    x = torch.randn(256, 64, requires_grad=True)
-    assert 0 < demo.layer_norm_share(model, lambda: model(x).sum().backward()) < 1
-    assert demo.layer_norm_share(nn.Linear(64, 64), lambda: None) == 0
+def test_layers_are_parts_of_a_step() -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64), pyops.nn.LayerNorm(64))
+    x = torch.randn(64, 64)
+    times = demo.time_layers(model, lambda: model(x).sum().backward())
+    assert set(times) == {"LayerNorm", "step"}
+    assert 0 < times["LayerNorm"] < times["step"]
+    assert set(demo.time_layers(nn.Linear(64, 64), lambda: None)) == {"step"}
 
 
 GOOD = {"replaced": 9, "test": {"stock": 0.97, "pyops": 0.96}, "error": {"stock": (1e-6, 1e-6), "pyops": (2e-6, 2e-6)}}
@@ -176,11 +178,11 @@ def test_demo_that_trained_too_little_fails(
     assert demo.main(["--epochs", "1", "--out", str(tmp_path)]) == 1
     output, errors = capsys.readouterr()
     for text in (
-        "9 replaced, 0 kept",
+        "13 replaced, 0 kept",
         "blocks.0.norm1",
         "test accuracy",
         "largest error of gradients",
-        "LayerNorm takes",
+        "share of a stock",
     ):
         assert text in output
     assert "FAILED: test accuracy of stock is" in errors

@@ -49,6 +49,11 @@ class Doubled(nn.LayerNorm):
         return 2 * super().forward(x)
 
 
+def built(cls: type) -> nn.Module:
+    """A layer of this class, with 8 features."""
+    return cls(8) if "Norm" in cls.__name__ else cls(8, 2)
+
+
 def classes(model: nn.Module) -> list[type]:
     return [type(module) for module in model.modules()]
 
@@ -63,9 +68,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
     called = []
     for fused in FUSED.values():
 
-        def counting(self: nn.Module, x: Tensor, forward=fused.forward) -> Tensor:
+        def counting(self: nn.Module, *args, forward=fused.forward, **options) -> Tensor:
             called.append(self)
-            return forward(self, x)
+            return forward(self, *args, **options)
 
         monkeypatch.setattr(fused, "forward", counting)
     return called
@@ -78,7 +83,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
 def test_fused_class_adds_no_state(swap) -> None:
     """Otherwise a module that was replaced would lack it, and one that was restored would keep it."""
     assert swap.fused_class.__mro__[1] is swap.torch_class
-    assert swap.fused_class(4).__dict__.keys() == swap.torch_class(4).__dict__.keys()
+    assert built(swap.fused_class).__dict__.keys() == built(swap.torch_class).__dict__.keys()
 
 
 def test_replaces_and_keeps_everything_else(calls: list) -> None:
@@ -121,10 +126,10 @@ def test_same_outputs_and_gradients() -> None:
 
 @pytest.mark.parametrize("cls", TORCH_CLASSES)
 def test_the_model_itself_is_a_layer(cls: type) -> None:
-    model = cls(8)
+    model = built(cls)
     report = pyops.replace(model)
     assert type(model) is FUSED[cls]
-    assert replaced_paths(report) == [""]
+    assert replaced_paths(report)[0] == ""
     assert "(model)" in str(report)
     report.undo()
     assert type(model) is cls
@@ -425,7 +430,7 @@ def test_model_must_be_a_module(model: object) -> None:
         pyops.replace(model)
 
 
-# ---- nn.TransformerEncoderLayer ----
+# ---- attention and the layers around it ----
 
 ENCODER_LAYERS = [
     ({}, True),
@@ -437,40 +442,61 @@ ENCODER_LAYERS = [
 ]
 
 
-@pytest.mark.parametrize(("options", "bypassed"), ENCODER_LAYERS)
-def test_fast_path_note_tells_the_truth(options: dict, bypassed: bool, calls: list) -> None:
-    layer = nn.TransformerEncoderLayer(
+def encoder_layer(**options) -> nn.Module:
+    return nn.TransformerEncoderLayer(
         **{"d_model": 16, "nhead": 4, "dim_feedforward": 32, "batch_first": True, **options}
     )
-    rows = pyops.replace(layer).replaced
-    assert [row.path for row in rows] == ["norm1", "norm2"]
-    assert [row.code for row in rows] == ["fastpath" if bypassed else "ok"] * 2
 
+
+@pytest.mark.parametrize(("options", "bypassed"), ENCODER_LAYERS)
+def test_fast_path_note_tells_the_truth(options: dict, bypassed: bool, calls: list) -> None:
+    """Of a layer that is left alone itself."""
+    layer = encoder_layer(**options)
+    rows = pyops.replace(layer, only=["layer_norm", nn.MultiheadAttention]).replaced
+    assert [row.path for row in rows] == ["self_attn", "norm1", "norm2"]
+    assert [row.code for row in rows] == ["fastpath" if bypassed else "ok"] * 3
+
+    children = [layer.norm1, layer.self_attn] if layer.norm_first else [layer.self_attn, layer.norm1]
+    children.append(layer.norm2)
     x = torch.randn(2, 5, 16)
     layer(x)
-    assert calls == [layer.norm1, layer.norm2], "training runs the replacement"
+    assert calls == children, "training runs the replacement"
     calls.clear()
     layer.eval()
     layer(x)
-    assert calls == [layer.norm1, layer.norm2], "eval() with gradients runs it"
+    assert calls == children, "eval() with gradients runs it"
     calls.clear()
     with torch.no_grad():
         layer(x)
-    assert calls == ([] if bypassed else [layer.norm1, layer.norm2])
+    assert calls == ([] if bypassed else children)
+
+
+@pytest.mark.parametrize("options", [options for options, _ in ENCODER_LAYERS])
+def test_a_replaced_encoder_layer_has_no_fast_path(options: dict, calls: list) -> None:
+    layer = encoder_layer(**options).eval()
+    original = copy.deepcopy(layer)
+    rows = pyops.replace(layer).rows
+    assert [(row.path, row.code) for row in rows] == [(p, "ok") for p in ("", "self_attn", "norm1", "norm2")]
+    x = torch.randn(2, 5, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), original(x))
+    # The norms behind an addition run with it, not by themselves.
+    norms = [layer.norm1] if layer.norm_first else []
+    assert calls == [layer, *norms, layer.self_attn]
 
 
 def test_fast_path_needs_equal_eps(calls: list) -> None:
-    layer = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True).eval()
+    layer = encoder_layer().eval()
     layer.norm1.eps = 1e-3
-    assert [row.code for row in pyops.replace(layer).rows] == ["ok", "ok"]
+    assert [row.code for row in pyops.replace(layer, only="layer_norm").replaced] == ["ok", "ok"]
     with torch.no_grad():
         layer(torch.randn(2, 5, 16))
     assert calls == [layer.norm1, layer.norm2]
 
 
 def test_fast_path_can_be_switched_off(calls: list) -> None:
-    layer = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True).eval()
-    pyops.replace(layer)
+    layer = encoder_layer().eval()
+    pyops.replace(layer, only="layer_norm")
     enabled = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -488,13 +514,53 @@ def test_fast_path_of_a_whole_encoder() -> None:
     model = nn.TransformerEncoder(Layer(16, 4, 32, batch_first=True), 2, norm=nn.LayerNorm(16))
     codes = {row.path: row.code for row in pyops.replace(model).rows}
     assert codes.pop("norm") == "ok"
+    assert codes.pop("layers.0") == codes.pop("layers.1") == "subclass"
+    assert len(codes) == 6
     assert set(codes.values()) == {"fastpath"}
 
 
+def test_a_child_seen_before_its_layer_knows_of_it() -> None:
+    """The norm comes first in the model, but the layer that holds it too is replaced."""
+    layer = encoder_layer()
+    model = nn.ModuleDict({"norm": layer.norm1, "layer": layer})
+    assert [row.code for row in pyops.replace(model, dry_run=True).rows] == ["tied", "ok", "ok", "ok"]
+    assert pyops.replace(model, skip=nn.TransformerEncoderLayer, only="norm").rows[0].code == "skip"
+    assert pyops.replace(model, only="norm").rows[0].code == "fastpath"
+
+
 def test_encoder_layer_with_exchanged_children() -> None:
-    layer = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True)
+    layer = encoder_layer()
     layer.norm1 = nn.Identity()
-    assert [row.code for row in pyops.replace(layer).rows] == ["ok"]
+    assert [row.code for row in pyops.replace(layer).rows] == ["ok"] * 3
+
+
+def test_out_proj_is_left_alone() -> None:
+    """It belongs to the attention, which reads its tensors."""
+    attention = nn.MultiheadAttention(16, 4)
+    before = type(attention.out_proj)
+    (row,) = pyops.replace(attention).rows
+    assert (row.path, row.action) == ("", "replaced")
+    assert type(attention.out_proj) is before
+
+
+@pytest.mark.parametrize("name", ["_sa_block", "_ff_block"])
+def test_patched_parts_of_a_layer(name: str) -> None:
+    layer = encoder_layer()
+    setattr(layer, name, getattr(layer, name))
+    row = pyops.replace(layer).rows[0]
+    assert (row.action, row.code) == ("kept", "patched")
+    assert name in row.reason
+
+
+def test_a_family_is_its_layers_only() -> None:
+    """Not what they hold: the norms of a Transformer do not belong to its attention."""
+    everything = {"attention": ["", "self_attn"], "layer_norm": ["norm1", "norm2"]}
+    for family, paths in everything.items():
+        assert replaced_paths(pyops.replace(encoder_layer(), only=family)) == paths
+        (other,) = everything.keys() - {family}
+        assert replaced_paths(pyops.replace(encoder_layer(), skip=other)) == paths
+    assert len(pyops.replace(encoder_layer(), only=nn.TransformerEncoderLayer).replaced) == 4
+    assert pyops.replace(encoder_layer(), skip=nn.TransformerEncoderLayer).replaced == []
 
 
 # ---- saving, copying, compiling ----

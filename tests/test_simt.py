@@ -148,6 +148,239 @@ def test_philox(selftest: Selftest) -> None:
         assert [f"{v & 0xFFFFFFFF:08x}" for v in y.view(torch.int32).tolist()] == answer.split()
 
 
+# ---- matrix instructions ----
+
+
+def fragment(rows: int, columns: int, lane: tuple[int, int], element: tuple[int, ...]) -> Tensor:
+    """[32, elements of a lane]: their places in a matrix by rows.
+
+    Written as CuTe writes its layouts (cute/atom/mma_traits_sm80.hpp): the matrix lies by columns there; the steps are
+    those of lane % 4 and lane // 4, and of the bits of the element's number from the lowest on.
+    """
+    numbers = torch.zeros(1, dtype=torch.long)
+    for step in element:
+        numbers = torch.cat([numbers, numbers + step])
+    place = (LANES % 4 * lane[0] + LANES // 4 * lane[1])[:, None] + numbers
+    assert torch.equal(place.flatten().sort().values, torch.arange(rows * columns))
+    return place % rows * columns + place // rows
+
+
+A_16X16, B_8X16 = fragment(16, 16, (32, 1), (16, 8, 128)), fragment(8, 16, (16, 1), (8, 64))
+D_16X8, D_8X8 = fragment(16, 8, (32, 1), (16, 8)), fragment(8, 8, (16, 1), (8,))
+MMA = {  # variant of mma_kernel, dtype of the operands, (M, N, K), places of a [M, K], b [N, K] and d [M, N]
+    "bf16": (0, torch.bfloat16, (16, 8, 16), (A_16X16, B_8X16, D_16X8)),
+    "f16": (1, torch.float16, (16, 8, 16), (A_16X16, B_8X16, D_16X8)),
+    "tf32": (
+        *(2, torch.float32, (16, 8, 8)),
+        (fragment(16, 8, (16, 1), (8, 64)), fragment(8, 8, (8, 1), (32,)), D_16X8),
+    ),
+    "f64": (3, torch.float64, (8, 8, 4), (fragment(8, 4, (8, 1), ()), fragment(8, 4, (8, 1), ()), D_8X8)),
+}
+
+
+def run_mma(selftest: Selftest, kind: str, a: Tensor, b: Tensor, d: Tensor, times: int = 1) -> Tensor:
+    """d + times * a b of each problem, one to a warp, through the lanes' registers."""
+    variant, _, _, places = MMA[kind]
+    problems = a.shape[0]
+    parts = [t.flatten(1)[:, place].contiguous().view(torch.float32) for t, place in zip((a, b, d), places)]
+    x = torch.cat([*parts, torch.zeros(problems, 32, 10)], dim=2)[:, :, :10].contiguous()
+    y = selftest.run("mma_kernel", x, empty(problems * 128), blocks=problems // 2, n=times, variant=variant)
+    out = torch.empty_like(d)
+    out.flatten(1)[:, places[2].flatten()] = y.view(problems, -1).view(d.dtype)
+    return out
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("kind", MMA)
+def test_mma(selftest: Selftest, kind: str, seed: int) -> None:
+    """Bits as of a loop over k: the products are exact, and the sums are rounded one by one."""
+    selftest.set_seed(seed)
+    _, dtype, (m, n, k), _ = MMA[kind]
+    acc = torch.float64 if kind == "f64" else torch.float32
+
+    def operand(rows: int) -> Tensor:  # spread over the exponents, subnormal f16 among them
+        return (torch.randn(40, rows, k) * 2.0 ** torch.randint(-18, 4, (40, rows, k))).to(dtype)
+
+    a, b, d = operand(m), operand(n), torch.randn(40, m, n).to(acc)
+    expected = d.clone()
+    wide_a, wide_b = a.to(acc), b.to(acc)
+    if kind == "tf32":
+        wide_a, wide_b = ((t.view(torch.int32) & ~0x1FFF).view(torch.float32) for t in (a, b))
+        assert not torch.equal(wide_a, a)
+    for i in range(k):
+        expected += wide_a[:, :, None, i] * wide_b[:, None, :, i]
+    assert torch.equal(run_mma(selftest, kind, a, b, d), expected)
+
+
+@pytest.mark.parametrize("kind", MMA)
+def test_mma_accumulates(selftest: Selftest, kind: str) -> None:
+    _, dtype, (m, n, k), _ = MMA[kind]
+    a, b = (torch.randint(-4, 5, (2, rows, k)).to(dtype) for rows in (m, n))
+    d = torch.randint(-4, 5, (2, m, n)).to(torch.float64 if kind == "f64" else torch.float32)
+    expected = d.double() + 5 * a.double() @ b.double().mT
+    assert torch.equal(run_mma(selftest, kind, a, b, d, times=5).double(), expected)
+
+
+SHUFFLED_ROWS = torch.arange(64) * 13 % 64  # the row of shared memory of each thread
+
+
+@pytest.mark.parametrize("transpose", [False, True])
+@pytest.mark.parametrize("matrices", [1, 2, 4])
+def test_ldmatrix(selftest: Selftest, matrices: int, transpose: bool) -> None:
+    variant = (matrices // 2) * 2 + transpose
+    rows = torch.randint(-(2**15), 2**15, (3, 64, 8), dtype=torch.int16)  # any bits
+    y = selftest.run("ldmatrix_kernel", rows.view(torch.float32), empty(3 * 256), blocks=3, smem=1024, variant=variant)
+    registers = y.view(3, 64, 4).view(torch.int16).view(3, 2, 32, 4, 2)
+    for block in range(3):
+        for warp in range(2):
+            for i in range(matrices):
+                first = 32 * warp + 8 * i
+                matrix = rows[block, SHUFFLED_ROWS[first : first + 8]]
+                expected = (matrix.T if transpose else matrix).reshape(32, 2)  # lane 4 g + t has (g, 2 t), (g, 2 t + 1)
+                assert torch.equal(registers[block, warp, :, i], expected)
+    assert y.view(3, 64, 4)[:, :, matrices:].isnan().all()  # nothing else is written
+
+
+@pytest.mark.parametrize("transpose", [False, True])
+@pytest.mark.parametrize("matrices", [1, 2, 4])
+def test_stmatrix(selftest: Selftest, matrices: int, transpose: bool) -> None:
+    variant = (matrices // 2) * 2 + transpose
+    registers = torch.randint(-(2**15), 2**15, (3, 2, 32, 4, 2), dtype=torch.int16)
+    x = registers.view(3, 64, 8).view(torch.float32)
+    y = selftest.run("stmatrix_kernel", x, empty(3 * 256), blocks=3, smem=1024, variant=variant)
+    expected = torch.full((3, 64, 8), -1, dtype=torch.int16)  # poison where nothing is stored
+    for block in range(3):
+        for warp in range(2):
+            for i in range(matrices):
+                first, matrix = 32 * warp + 8 * i, registers[block, warp, :, i].reshape(8, 8)
+                expected[block, SHUFFLED_ROWS[first : first + 8]] = matrix.T if transpose else matrix
+    assert torch.equal(y.view(3, 64, 4).view(torch.int16), expected)
+
+
+# ---- asynchronous copies ----
+
+
+@pytest.mark.parametrize("variant", range(3))
+def test_cp_async(selftest: Selftest, variant: int) -> None:
+    size = 2**variant
+    for seed in range(8):
+        selftest.set_seed(seed)
+        x = torch.randn(3, 64, size)
+        y = selftest.run("copy_kernel", x, empty(192 * size), blocks=3, smem=1024, variant=variant)
+        x[:, torch.arange(64) % 3 == 1] = 0.0
+        assert torch.equal(y.view(3, 64, size), x.flip(1))
+
+
+def pipeline(selftest: Selftest, x: Tensor) -> Tensor:
+    blocks, tiles, threads, _ = x.shape
+    return selftest.run("pipeline_kernel", x, empty(blocks * threads), blocks=blocks, smem=3072, n=tiles)
+
+
+@pytest.mark.parametrize("tiles", [1, 2, 9])
+def test_pipeline_of_copies(selftest: Selftest, tiles: int) -> None:
+    x = torch.randint(-8, 9, (3, tiles, 64, 4)).float()
+    for seed in range(20):
+        selftest.set_seed(seed)
+        assert torch.equal(pipeline(selftest, x).view(3, 64), x.sum((1, 3)).flip(1)), seed
+
+
+def test_copies_come_early_and_late(selftest: Selftest) -> None:
+    """Read before the wait, a destination holds its poison or the copy; both happen."""
+    x = torch.randn(64)
+    assert torch.equal(selftest.run("early_fault", x, empty(64), smem=256), x)
+    y = selftest.run("early_fault", x, empty(64), smem=256, variant=1)
+    early = y == x
+    assert (early | y.isnan()).all()
+    assert 4 < early.sum() < 48
+    for variant in (2, 3):  # the source, the destination is written before the wait
+        y = selftest.run("early_fault", x, empty(64), smem=256, variant=variant)
+        assert ((y == x) | (y == -1.0)).all()
+        assert 4 < (y == x).sum() < 60
+
+
+def test_missing_wait_or_barrier_of_a_pipeline_gives_wrong_results(selftest: Selftest) -> None:
+    x = torch.randint(-8, 9, (3, 9, 64, 4)).float()
+    selftest.record_sites(True)
+    correct = pipeline(selftest, x)
+    sites = selftest.sites()
+    selftest.record_sites(False)
+    assert sorted(site.what for site in sites) == ["cp_async_commit"] * 2 + ["cp_async_wait", "sync_block"]
+
+    def is_missed(seed: int) -> bool:
+        selftest.set_seed(seed)
+        try:
+            return not torch.equal(pipeline(selftest, x), correct)
+        except RuntimeError as error:
+            return "copies that it has not waited for" in str(error)
+
+    for site in sites:
+        selftest.disable(Path(site.file).name, site.line, site.kernel)
+        assert all(is_missed(seed) for seed in range(8)), site
+        selftest.enable_all()
+
+
+def test_matrix_instruction_switched_off_gives_wrong_results(selftest: Selftest) -> None:
+    x = torch.randn(3 * 64, 4)
+    kernels = {"ldmatrix_kernel": ("ldmatrix", 4), "stmatrix_kernel": ("stmatrix", 4), "mma_kernel": ("mma", 2)}
+    for kernel, (what, variant) in kernels.items():
+
+        def run(kernel: str = kernel, variant: int = variant) -> Tensor:
+            return selftest.run(kernel, x, empty(256), smem=1024, n=1, variant=variant)
+
+        selftest.record_sites(True)
+        correct = run()
+        (site,) = [site for site in selftest.sites() if site.what == what]
+        assert site.calls == 64
+        selftest.record_sites(False)
+        selftest.disable(Path(site.file).name, site.line)
+        assert not torch.equal(run().view(torch.int32), correct.view(torch.int32))
+        selftest.enable_all()
+
+
+# ---- bank conflicts ----
+
+CONFLICTS = {  # variant of conflict_kernel: what, extra wavefronts of the access of one warp
+    0: ("ldmatrix", 4 * 7),  # rows 128 bytes apart
+    1: ("ldmatrix", 0),  # the same, swizzled
+    2: ("ldmatrix", 0),  # rows 144 bytes apart
+    3: ("stmatrix", 4 * 7),
+    4: ("load_vec", 0),  # 16 bytes, side by side
+    5: ("load_vec", 4 * 7),  # 128 bytes apart
+    6: ("load_vec", 2 * 3),  # 8 bytes, 32 apart
+    7: ("load_vec", 0),  # all the same
+    8: ("store_vec", 31),  # 4 bytes, 128 apart
+    9: ("load_vec", 0),  # 2 bytes, two lanes to a bank's word
+    10: ("cp_async", 0),
+    11: ("cp_async", 4 * 7),
+    12: ("load_vec", 15),  # half of the lanes
+    13: (None, 0),  # global memory
+}
+
+
+@pytest.mark.parametrize("variant", CONFLICTS)
+def test_bank_conflicts(selftest: Selftest, variant: int) -> None:
+    what, extra = CONFLICTS[variant]
+    selftest.record_bank_conflicts(True)
+    for _ in range(2):
+        selftest.run("conflict_kernel", torch.zeros(4), empty(32), blocks=3, threads=32, smem=4608, variant=variant)
+    selftest.record_bank_conflicts(False)
+    selftest.run("conflict_kernel", torch.zeros(4), empty(32), threads=32, smem=4608, variant=variant)
+    found = selftest.bank_conflicts()
+    assert [(c.kernel, c.what, c.accesses, c.extra) for c in found] == (
+        [("conflict_kernel", what, 6, 6 * extra)] if what else []
+    )
+
+
+def test_bank_conflicts_are_counted_by_place(selftest: Selftest) -> None:
+    selftest.record_bank_conflicts(True)
+    pipeline(selftest, torch.zeros(3, 9, 64, 4))
+    selftest.record_bank_conflicts(False)
+    assert {(c.what, c.accesses, c.extra) for c in selftest.bank_conflicts()} == {
+        ("cp_async", 3 * 2 * 9, 0),
+        ("load_vec", 3 * 2 * 9, 0),
+    }
+
+
 # ---- the order of execution ----
 
 
@@ -212,6 +445,42 @@ FAULTS = {
     "division_by_zero": ("division_fault", {}, "integer division by zero"),
     "empty_grid": ("read_fault", {"blocks": 0}, "cuda: launch of read_fault failed: the grid is empty"),
     "large_block": ("read_fault", {"threads": 1025}, "cuda: launch of read_fault failed: the block is too large"),
+    "ldmatrix_misaligned": (
+        "matrix_fault",
+        {"smem": 1024, "variant": 0},
+        "misaligned access: 16 bytes at 0x.* at .*cu",
+    ),
+    "ldmatrix_outside": (
+        "matrix_fault",
+        {"smem": 512, "threads": 32, "variant": 1},
+        "outside of shared .* in ldmatrix at",
+    ),
+    "stmatrix_outside": ("matrix_fault", {"smem": 512, "variant": 2}, "row outside of shared memory in stmatrix at"),
+    "mma_lane_missing": (
+        "matrix_fault",
+        {"threads": 32, "variant": 3},
+        "thread .0,0,0. has exited; .*waits in an mma at",
+    ),
+    "two_mma": (
+        "matrix_fault",
+        {"threads": 32, "variant": 4},
+        "divergence: another lane named in mask 0xffffffff waits",
+    ),
+    "ldmatrix_lane_missing": (
+        "matrix_fault",
+        {"smem": 512, "threads": 32, "variant": 5},
+        "30 more waits in ldmatrix at",
+    ),
+    "mma_in_half_a_warp": ("matrix_fault", {"threads": 16, "variant": 4}, "mask 0xffffffff names absent lanes at"),
+    "copy_outside": ("copy_fault", {"smem": 256, "variant": 0}, "cp_async to an address outside of shared memory at"),
+    "copy_to_unaligned": ("copy_fault", {"smem": 2048, "variant": 1}, "misaligned access: 16 bytes at 0x.* at .*cu"),
+    "copy_from_unaligned": ("copy_fault", {"smem": 256, "variant": 2}, "misaligned access: 8 bytes at 0x.* at .*cu"),
+    "copy_from_outside": (
+        *("copy_fault", {"smem": 256, "variant": 3}),
+        r"invalid read .* 0 bytes past the end of x .* by cp_async at .*cu:\d+ \[block \(0,0,0\), thread \(63,0,0\)",
+    ),
+    "copy_uncommitted": ("copy_fault", {"smem": 256, "variant": 4}, "exits with 1 asynchronous .* by cp_async at .*cu"),
+    "copy_unwaited": ("copy_fault", {"smem": 256, "variant": 5}, "exits with 1 asynchronous .* by cp_async at .*cu"),
     "large_shared": ("read_fault", {"smem": 228 << 10}, "failed: the block has too much shared memory"),
 }
 
@@ -313,22 +582,31 @@ def test_fault_in_the_module_is_a_runtime_error() -> None:
 @pytest.mark.full
 def test_thread_sanitizer_is_silent_on_correct_kernels() -> None:
     program = build("tsan")
-    for kernel in ("block_sum_kernel", "reverse_kernel", "warp_rotate_kernel", "atomic_sum_kernel", "exchange_kernel"):
+    kernels = ["block_sum_kernel", "reverse_kernel", "warp_rotate_kernel", "atomic_sum_kernel", "exchange_kernel"]
+    kernels += ["mma_kernel", "ldmatrix_kernel", "stmatrix_kernel", "copy_kernel", "pipeline_kernel", "early_fault"]
+    for kernel in kernels:
         assert tsan(program, "--selftest", kernel) == 0, kernel
+        # The books that are kept while something is switched off are no race either.
+        assert tsan(program, "--selftest", kernel, "--disable", kernel, "no_such_file", "1") == 0, kernel
+    for kernel, variant in [("ldmatrix_kernel", "5"), ("stmatrix_kernel", "4"), ("copy_kernel", "2")]:
+        assert tsan(program, "--selftest", kernel, "--variant", variant) == 0, kernel
 
 
 @pytest.mark.full
 def test_thread_sanitizer_sees_races(selftest: Selftest) -> None:
     program = build("tsan")
     assert tsan(program, "--selftest", "block_race_fault") == 66
+    for variant in ("1", "2", "3"):  # destination read, source written, destination written before the wait
+        assert tsan(program, "--selftest", "early_fault", "--variant", variant) == 66, variant
     selftest.record_sites(True)
-    x = torch.randn(64 * 3)
-    for kernel in ("block_sum_kernel", "reverse_kernel", "warp_rotate_kernel"):
-        selftest.run(kernel, x, empty(192), blocks=3, smem=512, n=64)
-    barriers = [site for site in selftest.sites() if site.what.startswith("sync")]
+    x = torch.randn(3 * 64 * 64 * 4)
+    kernels = ("block_sum_kernel", "reverse_kernel", "warp_rotate_kernel", "ldmatrix_kernel", "stmatrix_kernel")
+    for kernel in (*kernels, "copy_kernel", "pipeline_kernel"):
+        selftest.run(kernel, x, empty(768), blocks=3, smem=4096, n=64)
+    ordering = [site for site in selftest.sites() if site.what.startswith(("sync", "cp_async"))]
     selftest.record_sites(False)
-    assert len(barriers) == 4
-    for site in barriers:
+    assert len(ordering) == 4 + 1 + 1 + 3 + 4
+    for site in ordering:
         options = ("--disable", site.kernel, Path(site.file).name, str(site.line))
         for seed in ("1", "2", "3"):
             assert tsan(program, "--seed", seed, "--selftest", site.kernel, *options) == 66, site

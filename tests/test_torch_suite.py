@@ -1,4 +1,4 @@
-"""torch's own samples and module cases for its normalisations, run through pyops: an oracle from outside."""
+"""torch's own samples and module cases of what pyops replaces, run through pyops: an oracle from outside."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from oracle import Oracle
 from torch import Tensor
 
 import pyops
+from pyops import attention
 
 FUNCTIONS = {
     "nn.functional.layer_norm": lambda x, shape, weight=None, bias=None, eps=1e-5, **o: pyops.layer_norm(
@@ -23,6 +24,7 @@ FUNCTIONS = {
     "nn.functional.rms_norm": lambda x, shape, weight=None, eps=None, **o: pyops.rms_norm(x, shape, weight, eps, **o),
     "native_layer_norm": lambda x, shape, weight, bias, eps, **o: pyops.layer_norm(x, shape, weight, bias, eps, **o),
 }
+ATTENTION = "nn.functional.scaled_dot_product_attention"
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -35,11 +37,11 @@ def target(request: pytest.FixtureRequest) -> Target:
 
 @cache
 def operators() -> dict[str, Any]:
-    """torch's descriptions of the three operators."""
+    """torch's descriptions of the operators."""
     pytest.importorskip("expecttest", reason="torch's internal test tools need the package expecttest")
     from torch.testing._internal.common_methods_invocations import op_db
 
-    return {op.name: op for op in op_db if op.name in FUNCTIONS}
+    return {op.name: op for op in op_db if op.name in (*FUNCTIONS, ATTENTION)}
 
 
 @cache
@@ -113,6 +115,46 @@ def test_error_inputs(target: Target, name: str) -> None:
         sample = case.sample_input
         with pytest.raises((ValueError, TypeError), match=r"^\w+: \w+ must .*, got "):
             FUNCTIONS[name](sample.input, *sample.args, **sample.kwargs, backend=target.name)
+
+
+def attention_samples(target: Target, dtype: torch.dtype) -> Iterator[Any]:
+    """torch's samples of attention that the backend serves and that drop nothing: dropout is not torch's here."""
+    name = target.name if target.name in attention.LIMITS else "cuda" if target.name == "simt" else None
+    limit = attention.LIMITS.get(name)
+    raw = target.name == "triton" and target.device == "cpu" and dtype == torch.bfloat16
+    for sample in operators()[ATTENTION].sample_inputs(target.device, dtype, requires_grad=True):
+        served = limit is None or limit(sample.input, *sample.args[:2]) is None
+        if served and not raw and not sample.kwargs.get("dropout_p"):
+            yield sample
+
+
+@pytest.mark.parametrize("spread_out", [False, True], ids=["dense", "noncontiguous"])
+def test_attention_samples(target: Target, spread_out: bool) -> None:
+    """torch's samples of attention in every dtype: ranks, broadcasting, masks, causal; outputs and gradients. Their
+    scores are so far apart that one key has nearly all the weight: gradients are judged by the size of their terms."""
+    with Oracle(f"attention on {target}") as oracle:
+        for dtype in DTYPES:
+            for sample in attention_samples(target, dtype):
+                sample = sample.noncontiguous() if spread_out else sample
+                own = [sample.input, *sample.args]
+                wide = [t.detach().double().requires_grad_(t.requires_grad) for t in own]
+                mask = sample.kwargs.get("attn_mask")
+                wide_kwargs = sample.kwargs | ({} if mask is None or mask.dtype == torch.bool else
+                                               {"attn_mask": mask.double()})  # fmt: skip
+                outputs = [
+                    pyops.scaled_dot_product_attention(*own, **sample.kwargs, backend=target.name),
+                    operators()[ATTENTION].op(*own, **sample.kwargs),
+                    operators()[ATTENTION].op(*wide, **wide_kwargs),
+                ]
+                results = []
+                for out, tensors in zip(outputs, (own, own, wide)):
+                    gradients = torch.autograd.grad(out, tensors, incoming(out))
+                    results.append({"out": out.detach()} | dict(zip(("dq", "dk", "dv"), gradients)))
+                shapes = [tuple(t.shape) for t in own]
+                q, k, v = (t.detach().abs().max().item() for t in own)
+                term = incoming(outputs[0]).abs().max().item() * v
+                scales = {"dq": term * k, "dk": term * q}
+                oracle.check_all(f"{dtype} {shapes} {sample.kwargs}", *results, scales)
 
 
 @pytest.mark.parametrize("name", ["LayerNorm", "RMSNorm"])

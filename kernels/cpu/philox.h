@@ -63,14 +63,15 @@ PYOPS_INLINE U32 interleave(U32 a, U32 b, int from) {
   return __builtin_shuffle(a, b, from + (lane >> 1) + (lane & 1) * kLanes<float>);
 }
 
-// keep[c] = element (r, c) survives dropout ? ~0 : 0, for c in [0, C); keep has room for C rounded up to four vectors.
+// keep[c] = element (r, from + c) survives dropout ? ~0 : 0, for c in [0, C); `from` is a multiple of 4. keep has room
+// for C rounded up to four vectors.
 inline __attribute__((noinline)) void dropout_row(uint32_t* keep, const int64_t* seed, int64_t r, int64_t C,
-                                                  uint32_t threshold) {
+                                                  uint32_t threshold, int64_t from = 0) {
   constexpr int L = kLanes<uint32_t>;
   const Philox philox(seed, r);
   for (int64_t c = 0; c < C; c += 4 * L) {
     U32 lane[4];
-    philox(bit_cast<U32>(iota<float>()) + static_cast<uint32_t>(c / 4), lane);
+    philox(bit_cast<U32>(iota<float>()) + static_cast<uint32_t>((from + c) / 4), lane);
     for (int k = 0; k < 4; ++k) lane[k] = bit_cast<U32>((lane[k] >> 8) >= threshold);
     // Lane k holds columns c + 4 j + k: interleave twice to put the columns in order.
     const U32 even_low = interleave(lane[0], lane[2], 0), even_high = interleave(lane[0], lane[2], L / 2);

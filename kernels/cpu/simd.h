@@ -183,6 +183,38 @@ PYOPS_INLINE A reduce_add(Vec<A> v) {
   return v[0];
 }
 
+// The larger and the smaller one; x where either is NaN. Compilers do not make one instruction of the comparison.
+PYOPS_INLINE Vec<float> maximum(Vec<float> bound, Vec<float> x) {
+#if PYOPS_VECTOR_BYTES == 64
+  return bit_cast<Vec<float>>(_mm512_max_ps(bit_cast<__m512>(bound), bit_cast<__m512>(x)));
+#elif PYOPS_VECTOR_BYTES == 32
+  return bit_cast<Vec<float>>(_mm256_max_ps(bit_cast<__m256>(bound), bit_cast<__m256>(x)));
+#else
+  return bound > x ? bound : x;
+#endif
+}
+PYOPS_INLINE Vec<float> minimum(Vec<float> bound, Vec<float> x) {
+#if PYOPS_VECTOR_BYTES == 64
+  return bit_cast<Vec<float>>(_mm512_min_ps(bit_cast<__m512>(bound), bit_cast<__m512>(x)));
+#elif PYOPS_VECTOR_BYTES == 32
+  return bit_cast<Vec<float>>(_mm256_min_ps(bit_cast<__m256>(bound), bit_cast<__m256>(x)));
+#else
+  return bound < x ? bound : x;
+#endif
+}
+PYOPS_INLINE Vec<double> maximum(Vec<double> bound, Vec<double> x) { return bound > x ? bound : x; }
+PYOPS_INLINE Vec<double> minimum(Vec<double> bound, Vec<double> x) { return bound < x ? bound : x; }
+
+template <typename A>
+PYOPS_INLINE A reduce_max(Vec<A> v) {
+#pragma GCC unroll 4
+  for (int width = kLanes<A> / 2; width > 0; width /= 2) {
+    const Vec<A> other = __builtin_shuffle(v, iota<A>() ^ width);
+    v = v > other ? v : other;
+  }
+  return v[0];
+}
+
 // Sums of the lanes of two vectors at once.
 template <typename A>
 PYOPS_INLINE void reduce_add(Vec<A> a, Vec<A> b, A& sum_a, A& sum_b) {

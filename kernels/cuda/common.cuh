@@ -100,7 +100,7 @@ __device__ __forceinline__ Vec<T, N> load_vec(const T* p, [[maybe_unused]] CallS
   static_assert(sizeof(T) * N <= 16, "one access moves at most 16 bytes");
   Vec<T, N> out;
 #ifdef PYOPS_SIMT
-  simt::check_aligned(p, sizeof(out), site);
+  simt::check_access("load_vec", p, sizeof(out), site);
   memcpy(&out, p, sizeof(out));
 #else
   const vec_bits_t<T, N> bits = *reinterpret_cast<const vec_bits_t<T, N>*>(p);
@@ -114,7 +114,7 @@ __device__ __forceinline__ void store_vec(T* p, const Vec<T, N>& v,
                                           [[maybe_unused]] CallSite site = CallSite::current()) {
   static_assert(sizeof(T) * N <= 16, "one access moves at most 16 bytes");
 #ifdef PYOPS_SIMT
-  simt::check_aligned(p, sizeof(v), site);
+  simt::check_access("store_vec", p, sizeof(v), site);
   memcpy(p, &v, sizeof(v));
 #else
   vec_bits_t<T, N> bits;

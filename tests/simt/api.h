@@ -17,6 +17,10 @@ SIMT_API const char* simt_sites();        // lines "kernel\tfile\tline\twhat\tca
 SIMT_API void simt_disable(const char* file, int line, const char* kernel);
 SIMT_API void simt_enable_all();
 
+// Bank conflicts by place, of shared memory accesses through wrappers.
+SIMT_API void simt_record_conflicts(int on);  // starts a new record, or ends it
+SIMT_API const char* simt_conflicts();        // lines "kernel\tfile\tline\twhat\taccesses\textra wavefronts"
+
 // Memory that ends at a page nobody may touch (and begins after one), full of 0xff bytes. The address is
 // `misalignment` past a multiple of 16, so up to 15 bytes are left before the guard page; these and the ones before the
 // start are 0xff too, and simt_free() returns how many of them were changed.

@@ -25,16 +25,26 @@ ARGUMENTS = {
         *("dy", "dsum", "saved", "weight", "bias", "mean", "rstd", "seed"),
         *("dx", "dresidual", "dweight", "dbias", "workspace"),
     ),
+    "attention_fwd": (
+        *("q", "k", "v", "mask", "slopes", "sinks", "seed", "cu_q", "cu_k"),
+        *("out", "stats", "workspace"),
+    ),
+    "attention_bwd": (
+        *("dout", "dlse", "q", "k", "v", "mask", "slopes", "sinks", "seed", "cu_q", "cu_k", "out", "stats"),
+        *("dq", "dk", "dv", "dmask", "workspace"),
+    ),
 }
 OUTPUTS = {
     "layer_norm_fwd": {"y", "sum", "mean", "rstd"},
     "layer_norm_bwd": {"dx", "dresidual", "dweight", "dbias", "workspace"},
+    "attention_fwd": {"out", "stats", "workspace"},
+    "attention_bwd": {"dq", "dk", "dv", "dmask", "workspace"},
 }
 
 
 @dataclass(frozen=True)
 class Site:
-    """One place in the sources where a kernel waits or exchanges."""
+    """One place in the sources where a kernel waits, exchanges, or calls a matrix instruction."""
 
     kernel: str
     file: str
@@ -43,13 +53,25 @@ class Site:
     calls: int
 
 
+@dataclass(frozen=True)
+class BankConflicts:
+    """Of the accesses of warps to shared memory at one place; those that go through wrappers are seen, no others."""
+
+    kernel: str
+    file: str
+    line: int
+    what: str
+    accesses: int  # of whole warps
+    extra: int  # wavefronts beyond those that conflict-free accesses of this kind take
+
+
 class Executor:
     """The controls of one built library (api.h)."""
 
     def __init__(self, path: Path):
         lib = self.lib = ctypes.PyDLL(str(path))  # PyDLL: the guarded memory is kept under the interpreter lock
         lib.simt_set_seed.argtypes = [ctypes.c_uint64]
-        lib.simt_sites.restype = ctypes.c_char_p
+        lib.simt_sites.restype = lib.simt_conflicts.restype = ctypes.c_char_p
         lib.simt_disable.argtypes = [ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p]
         lib.simt_alloc.argtypes = [ctypes.c_size_t, ctypes.c_size_t, ctypes.c_char_p]
         lib.simt_alloc.restype = ctypes.c_void_p
@@ -71,8 +93,22 @@ class Executor:
         rows = [line.split("\t") for line in self.lib.simt_sites().decode().splitlines()]
         return [Site(kernel, file, int(line), what, int(calls)) for kernel, file, line, what, calls in rows]
 
+    def record_bank_conflicts(self, on: bool) -> None:
+        """Starts a new record, of all launches that follow, or ends it."""
+        self.lib.simt_record_conflicts(int(on))
+
+    def bank_conflicts(self) -> list[BankConflicts]:
+        rows = [line.split("\t") for line in self.lib.simt_conflicts().decode().splitlines()]
+        return [
+            BankConflicts(kernel, file, int(line), what, *map(int, counts))
+            for kernel, file, line, what, *counts in rows
+        ]
+
     def disable(self, file: str, line: int, kernel: str = "") -> None:
-        """Switches off what waits or exchanges at file:line, in one kernel or in all."""
+        """Switches off what waits or exchanges at file:line, in one kernel or in all.
+
+        A shuffle or ldmatrix then gives the lane's own, an mma adds nothing, an stmatrix stores nothing.
+        """
         self.lib.simt_disable(file.encode(), line, kernel.encode())
 
     def enable_all(self) -> None:
@@ -145,6 +181,18 @@ class SimtBackend(Executor):
 
     def layer_norm_bwd_workspace(self, *args) -> int:
         return self.module.layer_norm_bwd_workspace(*args)
+
+    def attention_fwd(self, *args) -> None:
+        self._call("attention_fwd", args)
+
+    def attention_bwd(self, *args) -> None:
+        self._call("attention_bwd", args)
+
+    def attention_fwd_workspace(self, *args) -> int:
+        return self.module.attention_fwd_workspace(*args)
+
+    def attention_bwd_workspace(self, *args) -> int:
+        return self.module.attention_bwd_workspace(*args)
 
     def _call(self, name: str, args: tuple) -> None:
         guarded_call(self.lib, getattr(self.module, name), ARGUMENTS[name], OUTPUTS[name], args)

@@ -34,7 +34,8 @@ FLAGS = [
 CHECKS = ["-fsanitize=bounds-strict,alignment,shift", "-fno-sanitize-recover=all"]
 # Variables without a value start as a pattern (g++ 12): what a device leaves to chance must not look right here.
 PATTERN = "-ftrivial-auto-var-init=pattern"
-EXECUTOR = ["executor", "warp", "sites", "memory", "faults"]
+EXECUTOR = ["executor", "warp", "matrix", "copies", "conflicts", "sites", "memory", "faults"]
+EXECUTOR_FLAGS = ["-O3", "-ffp-contract=off"]  # contracted products would make results depend on the processor
 
 
 def compiler_accepts(cxx: str, flag: str) -> bool:
@@ -64,7 +65,7 @@ def write_ninja(path: Path) -> None:
         kernels = sorted((ROOT / "kernels/cuda").glob("*.cu"))
         boundary = [path for path in sorted((ROOT / "csrc").glob("*.cpp")) if not path.stem.startswith("cpu_")]
 
-        plain = compile_all(executor, "executor", ["-O2"])
+        plain = compile_all(executor, "executor", EXECUTOR_FLAGS)
         checked = {source.stem: obj for source, obj in zip(kernels, compile_all(kernels, "kernels", ["-O2", *checks]))}
         module = compile_all(boundary, "csrc", ["-O1", *python])
         n.build(OUTPUTS["module"], "link", [*module, *checked.values(), *plain], variables={"flags": "-shared"})
@@ -73,7 +74,7 @@ def write_ninja(path: Path) -> None:
         n.build(OUTPUTS["selftest"], "link", [*selftest, checked["runtime"], *plain], variables={"flags": "-shared"})
 
         # The executor itself stays uninstrumented: it tells the sanitizer what its switches mean.
-        told = compile_all(executor, "tsan/executor", ["-O2", "-DPYOPS_SIMT_TSAN"])
+        told = compile_all(executor, "tsan/executor", [*EXECUTOR_FLAGS, "-DPYOPS_SIMT_TSAN"])
         watched = compile_all(
             [*kernels, HERE / "selftest.cu", HERE / "tsan_main.cpp"],
             "tsan/kernels",

@@ -24,8 +24,15 @@ Executor executor;
 namespace {
 
 const char* name_of(Wait wait) {
-  constexpr const char* kNames[] = {
-      "runs", "has exited", "waits in sync_block", "waits in sync_warp", "waits in a vote", "waits in a shuffle"};
+  constexpr const char* kNames[] = {"runs",
+                                    "has exited",
+                                    "waits in sync_block",
+                                    "waits in sync_warp",
+                                    "waits in a vote",
+                                    "waits in a shuffle",
+                                    "waits in ldmatrix",
+                                    "waits in stmatrix",
+                                    "waits in an mma"};
   return kNames[static_cast<int>(wait)];
 }
 
@@ -86,6 +93,7 @@ Fiber* choose() { return executor.ready[--executor.ready_count]; }
   tsan_acquire(&executor.tsan_launch);
   tsan_acquire(executor.tsan_before);
   executor.kernel(executor.kernel_context);
+  check_no_copies_left();
   tsan_release(executor.tsan_after);
   tsan_release(&executor.tsan_done);
   Fiber* me = executor.running;
@@ -124,7 +132,8 @@ void run_block(uint3 block, uint64_t turn) {
     fiber.lane = i % kWarpLanes;
     fiber.wait = Wait::kNone;
     fiber.warp_syncs = 0;
-    if (kTsan) fiber.tsan = tsan_fiber(first_fiber + i);
+    fiber.number = first_fiber + i;
+    if (kTsan) fiber.tsan = tsan_fiber(fiber.number);
     // Tops at different offsets in their pages: at equal ones the stacks of a block would share a few cache sets.
     const size_t stack_bytes = kStackBytes - i % 64 * 256;
     make_context(&fiber.context, stack_of(first_fiber + i), stack_bytes, run_thread);
@@ -136,7 +145,9 @@ void run_block(uint3 block, uint64_t turn) {
     warp.count = std::min(kWarpLanes, e.threads - i);
     warp.waiting = 0;
   }
+  copies_begin_block();
   switch_fiber(&e.host, choose());
+  conflicts_end_block();
   if (!e.failure.empty()) throw std::runtime_error(e.failure);
 }
 
@@ -180,6 +191,12 @@ void wait_for_turn() {
   Fiber* me = e.running;
   Fiber* next = choose();
   if (next == me) return;
+  // Many stacks do not fit in the nearest cache. What runs after this one is known but for late arrivals.
+  if (e.ready_count >= 2) {
+    __builtin_prefetch(e.ready[e.ready_count - 2]);
+    const char* stack = static_cast<const char*>(stack_pointer(e.ready[e.ready_count - 1]->context));
+    for (int line = 0; line < 4; ++line) __builtin_prefetch(stack + line * 64);
+  }
   switch_fiber(&me->context, next);
 }
 
@@ -199,6 +216,7 @@ void sync_block(CallSite site) {
       if (!same_site(e.fibers[i].site, site)) report_two_barriers(e.fibers[i], site);
       make_ready(&e.fibers[i]);
     }
+    let_copies_happen();
   }
   wait_for_turn();
   me->wait = Wait::kNone;
@@ -211,7 +229,10 @@ void* shared_memory(size_t bytes, size_t alignment, CallSite site) {
              std::to_string(executor.shared_bytes),
          site);
   }
-  if (alignment > 16) fail("shared storage aligned to more than 16 bytes", site);
+  if (reinterpret_cast<uintptr_t>(executor.shared) % alignment != 0) {  // it ends at a page, to 16 bytes
+    fail("shared storage aligned to " + std::to_string(alignment) + " bytes, of which the launch asks for no multiple",
+         site);
+  }
   return executor.shared;
 }
 

@@ -38,7 +38,9 @@ void on_fault(int signal, siginfo_t* info, void* context) {
 #ifdef __x86_64__
   if (info->si_code == SI_KERNEL) fail("invalid access at a non-canonical or misaligned address");
 #endif
-  fail(describe_address(info->si_addr, access_kind(context)));
+  std::string what = describe_address(info->si_addr, access_kind(context));
+  if (executor.copying != nullptr) what += " by " + text(*executor.copying);
+  fail(what);
 }
 
 }  // namespace

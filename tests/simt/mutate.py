@@ -1,8 +1,9 @@
-"""Proves that the tests' equipment sees what it must: switches off every barrier and exchange of the kernels in turn.
+"""Proves that the tests' equipment sees what it must: switches off what orders or exchanges in the kernels, in turn.
 
-A mutant is one place (kernel, file, line) that executes, with the barrier or exchange there doing nothing. It is caught
-when a run is refused or gives other bits than the correct kernel under one of a few seeds, or when ThreadSanitizer
-reports a race. The correct kernels give the same bits under every seed and no report.
+A mutant is one place (kernel, file, line) that executes, with the barrier, exchange, matrix instruction, or the commit
+of or wait for asynchronous copies there doing nothing. It is caught when a run is refused or gives other bits than the
+correct kernel under one of a few seeds, or when ThreadSanitizer reports a race. The correct kernels give the same bits
+under every seed and no report.
 
     python tests/simt/mutate.py [--no-tsan]
 """
@@ -33,7 +34,13 @@ EQUIVALENT: dict[tuple[str, str], str] = {}
 
 
 KERNELS = Path(__file__).resolve().parents[2] / "kernels" / "cuda"
-WAITS = re.compile(r"\b(sync_block|sync_warp|shfl|shfl_down|shfl_xor|warp_reduce_sum|ballot|warp_any|warp_all)\(")
+PLACES = re.compile(
+    r"\b(sync_block|sync_warp|shfl|shfl_down|shfl_xor|warp_reduce_sum|ballot|warp_any|warp_all"
+    r"|ldmatrix|stmatrix|mma_16x8x16|mma_16x8x8_tf32|mma_8x8x4_f64|cp_async_commit|cp_async_wait)(<[^;()]*>)?\("
+)
+WRAPPERS = ("common.cuh", "mma.cuh")
+# What orders memory, so that ThreadSanitizer must miss it.
+ORDERING = ("sync_block", "sync_warp", "cp_async_commit", "cp_async_wait")
 
 
 @dataclass(frozen=True)
@@ -93,13 +100,13 @@ def run(backend: SimtBackend, case: Case) -> list[Tensor]:
 
 
 def written_places() -> set[tuple[str, int]]:
-    """File and line of every barrier and exchange that stands in a kernel's source, executed or not."""
+    """File and line of every place that stands in a kernel's source, executed or not."""
     return {
         (path.name, number)
         for path in KERNELS.glob("*.cu*")
-        if path.name != "common.cuh"  # the wrappers themselves
+        if path.name not in WRAPPERS
         for number, line in enumerate(path.read_text().splitlines(), 1)
-        if WAITS.search(line.split("//")[0])
+        if PLACES.search(line.split("//")[0])
     }
 
 
@@ -178,7 +185,7 @@ def mutants(with_tsan: bool = True) -> Iterator[Mutant]:
             mutant.results = seen_in_results(backend, cases)
         finally:
             backend.enable_all()
-        if with_tsan and site.what in ("sync_block", "sync_warp"):  # the others order no memory
+        if with_tsan and site.what in ORDERING:
             mutant.tsan = tsan(program, "--disable", site.kernel, Path(site.file).name, str(site.line)) == 66
         yield mutant
     backend.set_seed(1)

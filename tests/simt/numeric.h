@@ -14,12 +14,14 @@ inline uint16_t float_to_bf16(float v) {
   return uint16_t((bits + 0x7fffu + ((bits >> 16) & 1)) >> 16);
 }
 
+// Three ways and a choice, without branches, so that the compiler makes vectors of a loop over it.
 inline float f16_to_float(uint16_t bits) {
   const uint32_t sign = uint32_t(bits & 0x8000) << 16, rest = bits & 0x7fff;
-  if (rest >= 0x7c00) return std::bit_cast<float>(sign | 0x7f800000u | (rest & 0x3ff) << 13);
-  if (rest >= 0x0400) return std::bit_cast<float>(sign | ((rest << 13) + ((127 - 15) << 23)));
-  const float magnitude = float(rest) * 0x1p-24f;  // subnormal: exact
-  return sign ? -magnitude : magnitude;
+  const uint32_t special = 0x7f800000u | (rest & 0x3ff) << 13, normal = (rest << 13) + ((127 - 15) << 23);
+  const float half = std::bit_cast<float>(0x3f000000u + rest);  // 0.5f, whose last bit is 2^-24
+  const uint32_t subnormal = std::bit_cast<uint32_t>(half - 0.5f);
+  const uint32_t finite = rest >= 0x0400 ? normal : subnormal;
+  return std::bit_cast<float>(sign | (rest >= 0x7c00 ? special : finite));
 }
 
 inline uint16_t float_to_f16(float v) {

@@ -1,6 +1,6 @@
 // Small kernels that prove the executor: some correct, some with one seeded fault each. Names ending in _fault are
 // wrong on purpose. tests/test_simt.py says what must be seen of each.
-#include "../../kernels/cuda/common.cuh"
+#include "../../kernels/cuda/mma.cuh"
 
 #include <stdexcept>
 #include <string>
@@ -190,6 +190,214 @@ __global__ void switch_kernel(const __grid_constant__ Params p) {
   for (int64_t i = 0; i < p.n; ++i) sync_block();
 }
 
+// ---- matrix instructions. x and y hold the registers of the lanes as they are.
+
+template <typename To, typename From>
+void copy_bits(To& to, const From* from) {
+  memcpy(&to, from, sizeof to);
+}
+
+// d += a b, p.n times. Each lane has ten words: a, b and d; doubles fill eight of them.
+__global__ void mma_kernel(const __grid_constant__ Params p) {
+  const int64_t i = blockIdx.x * blockDim.x + threadIdx.x;
+  const float* in = p.x + i * 10;
+  if (p.variant == 3) {
+    double operands[2], d[2];
+    copy_bits(operands, in);
+    copy_bits(d, in + 4);
+    for (int64_t j = 0; j < p.n; ++j) mma_8x8x4_f64(d, operands[0], operands[1]);
+    memcpy(p.y + i * 4, d, sizeof d);
+    return;
+  }
+  uint32_t a[4], b[2];
+  float d[4];
+  copy_bits(a, in);
+  copy_bits(b, in + 4);
+  copy_bits(d, in + 6);
+  for (int64_t j = 0; j < p.n; ++j) {
+    if (p.variant == 0) mma_16x8x16<bf16>(d, a, b);
+    if (p.variant == 1) mma_16x8x16<f16>(d, a, b);
+    if (p.variant == 2) mma_16x8x8_tf32(d, a, b);
+  }
+  memcpy(p.y + i * 4, d, sizeof d);
+}
+
+// One row of shared memory per thread; lanes take them in this order.
+__device__ int shuffled_row(int i) { return i * 13 % 64; }
+
+template <int N, bool kTranspose>
+void load_and_keep(const Vec<float, 4>* rows, float* y) {
+  uint32_t r[N];
+  ldmatrix<N, kTranspose>(r, rows + shuffled_row(threadIdx.x));
+  memcpy(y, r, sizeof r);
+}
+
+template <int N, bool kTranspose>
+void store_from(const float* x, Vec<float, 4>* rows) {
+  uint32_t r[N];
+  copy_bits(r, x);
+  stmatrix<N, kTranspose>(rows + shuffled_row(threadIdx.x), r);
+}
+
+// Of 64 threads. Each has a row of x, and four registers of y.
+__global__ void ldmatrix_kernel(const __grid_constant__ Params p) {
+  auto* rows = shared_array<Vec<float, 4>>();
+  const int64_t i = (blockIdx.x * 64 + threadIdx.x) * 4;
+  store_vec(rows[threadIdx.x].v, load_vec<4>(p.x + i));
+  sync_block();
+  if (p.variant == 0) load_and_keep<1, false>(rows, p.y + i);
+  if (p.variant == 1) load_and_keep<1, true>(rows, p.y + i);
+  if (p.variant == 2) load_and_keep<2, false>(rows, p.y + i);
+  if (p.variant == 3) load_and_keep<2, true>(rows, p.y + i);
+  if (p.variant == 4) load_and_keep<4, false>(rows, p.y + i);
+  if (p.variant == 5) load_and_keep<4, true>(rows, p.y + i);
+}
+
+// The reverse: four registers of x, a row of y.
+__global__ void stmatrix_kernel(const __grid_constant__ Params p) {
+  auto* rows = shared_array<Vec<float, 4>>();
+  const int64_t i = (blockIdx.x * 64 + threadIdx.x) * 4;
+  if (p.variant == 0) store_from<1, false>(p.x + i, rows);
+  if (p.variant == 1) store_from<1, true>(p.x + i, rows);
+  if (p.variant == 2) store_from<2, false>(p.x + i, rows);
+  if (p.variant == 3) store_from<2, true>(p.x + i, rows);
+  if (p.variant == 4) store_from<4, false>(p.x + i, rows);
+  if (p.variant == 5) store_from<4, true>(p.x + i, rows);
+  sync_block();
+  store_vec(p.y + i, load_vec<4>(rows[threadIdx.x].v));
+}
+
+__global__ void matrix_fault(const __grid_constant__ Params p) {
+  char* rows = shared_array<char>();
+  uint32_t a[4] = {}, b[2] = {};
+  float d[4] = {};
+  if (p.variant == 0) ldmatrix<4, false>(a, rows + threadIdx.x * 16 + 8);
+  if (p.variant == 1) ldmatrix<4, false>(a, rows + threadIdx.x * 16 + 16);
+  if (p.variant == 2) stmatrix<2, false>(rows - 16, b);
+  if (p.variant == 3 && threadIdx.x > 0) mma_16x8x16<bf16>(d, a, b);
+  if (p.variant == 4) {
+    if (threadIdx.x < 16) {
+      mma_16x8x16<bf16>(d, a, b);
+    } else {
+      mma_16x8x16<bf16>(d, a, b);
+    }
+  }
+  if (p.variant == 5 && threadIdx.x < 31) ldmatrix<2, false>(b, rows);
+  p.y[threadIdx.x] = d[0];
+}
+
+// ---- asynchronous copies
+
+template <int kBytes>
+void copy_across(const Params& p) {
+  constexpr int kFloats = kBytes / 4;
+  float* buffer = shared_array<float>();
+  const unsigned i = threadIdx.x, other = blockDim.x - 1 - i, first = blockIdx.x * blockDim.x;
+  const bool valid = i % 3 != 1;
+  cp_async<kBytes>(buffer + i * kFloats, valid ? p.x + (first + i) * kFloats : nullptr, valid);
+  cp_async_commit();
+  cp_async_wait<0>();
+  sync_block();
+  for (int j = 0; j < kFloats; ++j) p.y[(first + i) * kFloats + j] = buffer[other * kFloats + j];
+}
+
+// Reverses the block's elements of 4, 8 or 16 bytes; every third is zero instead.
+__global__ void copy_kernel(const __grid_constant__ Params p) {
+  if (p.variant == 0) copy_across<4>(p);
+  if (p.variant == 1) copy_across<8>(p);
+  if (p.variant == 2) copy_across<16>(p);
+}
+
+// y = sums over p.n tiles of four floats per thread, each read by another thread than copied it, through a ring of
+// three.
+__global__ void pipeline_kernel(const __grid_constant__ Params p) {
+  constexpr int kStages = 3;
+  float* ring = shared_array<float>();
+  const unsigned i = threadIdx.x, other = blockDim.x - 1 - i;
+  const auto copy = [&](int64_t tile) {
+    const float* from = p.x + ((blockIdx.x * p.n + tile) * blockDim.x + i) * 4;
+    cp_async<16>(ring + (tile % kStages * blockDim.x + i) * 4, from, true);
+  };
+  for (int64_t tile = 0; tile < kStages - 1; ++tile) {
+    if (tile < p.n) copy(tile);
+    cp_async_commit();
+  }
+  float sum = 0.0f;
+  for (int64_t tile = 0; tile < p.n; ++tile) {
+    cp_async_wait<kStages - 2>();
+    sync_block();  // and everyone has read the tile whose place the next copy takes
+    if (tile + kStages - 1 < p.n) copy(tile + kStages - 1);
+    cp_async_commit();
+    const Vec<float, 4> v = load_vec<4>(ring + (tile % kStages * blockDim.x + other) * 4);
+    for (int j = 0; j < 4; ++j) sum += v[j];
+  }
+  p.y[blockIdx.x * blockDim.x + i] = sum;
+}
+
+// The thread's own copy: y = its source. Faulty when variant > 0: 1 reads before the wait, 2 writes the source, 3 the
+// destination.
+__global__ void early_fault(const __grid_constant__ Params p) {
+  float* own = shared_array<float>() + threadIdx.x;
+  const unsigned i = blockIdx.x * blockDim.x + threadIdx.x;
+  p.y[i] = p.x[i];
+  *own = 7.0f;
+  cp_async<4>(own, p.y + i, true);
+  cp_async_commit();
+  if (p.variant == 2) p.y[i] = -1.0f;
+  if (p.variant == 3) *own = -1.0f;
+  const float early = p.variant == 1 ? *own : 0.0f;
+  cp_async_wait<0>();
+  p.y[i] = p.variant == 1 ? early : *own;
+}
+
+__global__ void copy_fault(const __grid_constant__ Params p) {
+  float* buffer = shared_array<float>();
+  const unsigned i = threadIdx.x;
+  if (p.variant == 0) cp_async<16>(buffer + blockDim.x, p.x, true);
+  if (p.variant == 1) cp_async<16>(buffer + i, p.x, true);
+  if (p.variant == 2) cp_async<8>(buffer, p.x + 1, true);
+  if (p.variant == 3) cp_async<4>(buffer + i, p.x + i + 1, true);
+  if (p.variant == 4) {
+    cp_async<4>(buffer + i, p.x + i, true);
+    cp_async_wait<0>();
+  }
+  if (p.variant == 5) {
+    cp_async<4>(buffer + i, p.x + i, true);
+    cp_async_commit();
+    cp_async_commit();
+    cp_async_wait<2>();
+  }
+  if (p.variant < 4) {
+    cp_async_commit();
+    cp_async_wait<0>();
+  }
+  p.y[i] = 1.0f;
+}
+
+// ---- bank conflicts. One access of a warp per variant; tests/test_simt.py has the table.
+__global__ void conflict_kernel(const __grid_constant__ Params p) {
+  float* buffer = shared_array<float>();
+  const int i = threadIdx.x;
+  uint32_t r[4] = {};
+  if (p.variant == 0) ldmatrix<4, false>(r, buffer + i * 32);
+  if (p.variant == 1) ldmatrix<4, true>(r, buffer + i * 32 + i % 8 * 4);
+  if (p.variant == 2) ldmatrix<4, false>(r, buffer + i * 36);
+  if (p.variant == 3) stmatrix<4, false>(buffer + i * 32, r);
+  if (p.variant == 4) load_vec<4>(buffer + i * 4);
+  if (p.variant == 5) load_vec<4>(buffer + i * 32);
+  if (p.variant == 6) load_vec<2>(buffer + i * 8);
+  if (p.variant == 7) load_vec<1>(buffer + 5);
+  if (p.variant == 8) store_vec(buffer + i * 32, Vec<float, 1>{});
+  if (p.variant == 9) load_vec<1>(reinterpret_cast<const uint16_t*>(buffer) + i);
+  if (p.variant == 10) cp_async<16>(buffer + i * 4, p.x, true);
+  if (p.variant == 11) cp_async<16>(buffer + i * 32, p.x, true);
+  if (p.variant == 12 && i < 16) load_vec<1>(buffer + i * 64);
+  if (p.variant == 13) load_vec<4>(p.x);
+  cp_async_commit();
+  cp_async_wait<0>();
+  p.y[i] = 1.0f;
+}
+
 struct Case {
   const char* name;
   void (*kernel)(Params);
@@ -219,7 +427,16 @@ constexpr Case kCases[] = {CASE(block_sum_kernel),
                            CASE(uninitialised_shared_fault),
                            CASE(stack_overflow_fault),
                            CASE(division_fault),
-                           CASE(switch_kernel)};
+                           CASE(switch_kernel),
+                           CASE(mma_kernel),
+                           CASE(ldmatrix_kernel),
+                           CASE(stmatrix_kernel),
+                           CASE(matrix_fault),
+                           CASE(copy_kernel),
+                           CASE(pipeline_kernel),
+                           CASE(early_fault),
+                           CASE(copy_fault),
+                           CASE(conflict_kernel)};
 #undef CASE
 
 }  // namespace

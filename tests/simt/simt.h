@@ -46,6 +46,7 @@ extern uint3 current_block;
 extern dim3 block_size, grid_size;
 
 enum class Shuffle { kIndex, kDown, kXor };
+enum class Mma { kBf16, kF16, kTf32 };
 
 int multiprocessor_count();
 
@@ -65,8 +66,13 @@ uint64_t exchange(Shuffle kind, uint64_t bits, int operand, int width, unsigned 
 void* shared_memory(size_t bytes, size_t alignment, CallSite site);
 [[noreturn]] void misaligned(const void* p, size_t bytes, CallSite site);
 
-inline void check_aligned(const void* p, size_t bytes, CallSite site) {
+extern bool conflicts_recorded;
+void record_access(const char* what, const void* p, size_t bytes, unsigned lanes, CallSite site);
+
+// Of an access by `lanes` of the warp: alignment, and bank conflicts where they are recorded.
+inline void check_access(const char* what, const void* p, size_t bytes, CallSite site, unsigned lanes = 0xffffffffu) {
   if (reinterpret_cast<uintptr_t>(p) % bytes != 0) misaligned(p, bytes, site);
+  if (conflicts_recorded) record_access(what, p, bytes, lanes, site);
 }
 
 template <typename T>
@@ -78,6 +84,35 @@ T shuffle(Shuffle kind, T v, int operand, int width, unsigned mask, CallSite sit
   memcpy(&v, &bits, sizeof(T));
   return v;
 }
+
+// A lane reads its row when it comes and writes it when it leaves, here, where ThreadSanitizer sees it.
+struct alignas(16) MatrixRow {
+  uint32_t words[4];
+};
+bool takes_row(const void* row, int matrices, const char* what, CallSite site);  // of this lane; checks the address
+void exchange_loaded(const MatrixRow& row, uint32_t* r, int matrices, bool transpose, CallSite site);
+bool exchange_stored(const uint32_t* r, MatrixRow* row, int matrices, bool transpose, CallSite site);
+
+template <int N, bool kTranspose>
+void load_matrices(uint32_t (&r)[N], const void* row, CallSite site) {
+  MatrixRow mine{};
+  if (takes_row(row, N, "ldmatrix", site)) memcpy(&mine, row, sizeof mine);
+  exchange_loaded(mine, r, N, kTranspose, site);
+}
+
+template <int N, bool kTranspose>
+void store_matrices(void* row, const uint32_t (&r)[N], CallSite site) {
+  MatrixRow mine;
+  const bool mine_is_used = takes_row(row, N, "stmatrix", site);
+  if (exchange_stored(r, &mine, N, kTranspose, site) && mine_is_used) memcpy(row, &mine, sizeof mine);
+}
+
+void mma(Mma kind, float* d, const uint32_t* a, const uint32_t* b, CallSite site);
+void mma_f64(double* d, double a, double b, CallSite site);
+
+void copy_async(void* shared, const void* global, unsigned bytes, bool valid, CallSite site);
+void commit_copies(CallSite site);
+void wait_for_copies(unsigned latest, CallSite site);
 
 // Relaxed, like the device's: orders nothing else.
 template <typename T>

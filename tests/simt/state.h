@@ -17,22 +17,40 @@ constexpr unsigned kTsanSets = 8;               // of fibers, see fiber_sets()
 constexpr unsigned kStacks = 2 * kMaxThreads;   // two sets of the largest block
 
 // What a thread waits in. The names stand in reports.
-enum class Wait : uint8_t { kNone, kExited, kSyncBlock, kSyncWarp, kBallot, kShuffle };
+enum class Wait : uint8_t {
+  kNone,
+  kExited,
+  kSyncBlock,
+  kSyncWarp,
+  kBallot,
+  kShuffle,
+  kLdmatrix,
+  kStmatrix,
+  kMma,
+  kCopyCommit,  // the last two are places that can be switched off, no waits: a copy is done when it is waited for
+  kCopyWait,
+};
 
 struct Warp;
+struct Copy;
 
-struct Fiber : Thread {
+// What every switch needs stands first, in one cache line.
+struct alignas(64) Fiber : Thread {
+  unsigned lane = 0;
   Context context;
   Warp* warp = nullptr;
-  unsigned lane = 0;
-  Wait wait = Wait::kNone;
   CallSite site;  // of the wait
+  Wait wait = Wait::kNone;
   // The exchange it waits in: operands, then result.
   unsigned mask = 0;
   Shuffle shuffle = Shuffle::kIndex;
   int operand = 0, width = 0;
   uint64_t value = 0, result = 0;
   unsigned warp_syncs = 0;
+  // Asynchronous copies in the order of issue, and numbers of groups.
+  Copy *first_copy = nullptr, *last_copy = nullptr;
+  unsigned groups_committed = 0, groups_complete = 0;
+  unsigned number = 0;  // also among the fibers of other blocks under ThreadSanitizer
   void* tsan = nullptr;
 };
 
@@ -40,7 +58,26 @@ struct Warp {
   Fiber* lanes = nullptr;  // consecutive
   unsigned count = 0;
   unsigned waiting = 0;  // lanes in an exchange that is not complete
+  // Of the first of them, and whether another one waits in something else.
+  Wait wait = Wait::kNone;
+  bool differ = false;
+  unsigned mask = 0;
+  CallSite site;
   char tsan_sync[2][kWarpLanes] = {};
+  // Matrix instructions: operands by lane, then results by lane. A lane writes its own part when it comes and reads its
+  // own part when it leaves.
+  struct {
+    unsigned matrices;
+    bool transpose;
+    Mma kind;
+    bool f64;
+  } instruction;
+  alignas(64) MatrixRow rows[kWarpLanes];
+  alignas(64) uint32_t registers[kWarpLanes][4];
+  alignas(64) uint32_t a[kWarpLanes][4];
+  alignas(64) uint32_t b[kWarpLanes][2];
+  alignas(64) float d[kWarpLanes][4];
+  alignas(64) double a64[kWarpLanes], b64[kWarpLanes], d64[kWarpLanes][2];
 };
 
 class Random {
@@ -73,6 +110,8 @@ struct Executor {
   char* shared = nullptr;
   size_t shared_bytes = 0;
   std::string failure;
+  unsigned copies = 0;            // issued and not waited for, of all threads
+  const Copy* copying = nullptr;  // while it takes effect
 
   uint64_t seed = 1, launches = 0;
   int multiprocessors = 4;
@@ -106,6 +145,26 @@ void sites_begin_launch();
 bool switched_off_slowly(CallSite site, Wait kind);
 extern bool sites_in_use;
 inline bool switched_off(CallSite site, Wait kind) { return sites_in_use && switched_off_slowly(site, kind); }
+
+inline bool in_shared_memory(const void* p, size_t bytes) {
+  const uintptr_t offset = reinterpret_cast<uintptr_t>(p) - reinterpret_cast<uintptr_t>(executor.shared);
+  return offset < executor.shared_bytes && bytes <= executor.shared_bytes - offset;
+}
+
+// warp.cpp. Waits until every lane named in the mask waits here; the last one to come does the work of all.
+void join(Wait kind, unsigned mask, CallSite site);
+constexpr unsigned kAllLanes = 0xffffffffu;
+// matrix.cpp
+void complete_matrices(Warp& warp, Wait kind);
+
+// copies.cpp
+void copies_begin_block();
+void let_copies_happen();  // some of them, by chance
+void check_no_copies_left();
+std::string text(const Copy& copy);
+
+// conflicts.cpp
+void conflicts_end_block();
 
 // memory.cpp
 char* stack_of(unsigned fiber);

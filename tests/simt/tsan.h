@@ -1,6 +1,6 @@
 // ThreadSanitizer's view of the fibers: each is a thread of its own, and a switch orders nothing. What orders memory is
-// said in so many words: launch and end of a kernel, sync_block and sync_warp. Shuffles and votes order nothing, as on
-// the device. Blocks of one launch are unordered.
+// said in so many words: launch and end of a kernel, sync_block, sync_warp and cp_async_wait. Shuffles, votes and
+// matrix instructions order nothing, as on the device. Blocks of one launch are unordered.
 #pragma once
 
 #ifdef PYOPS_SIMT_TSAN
@@ -8,6 +8,8 @@
 
 #include <vector>
 
+extern "C" void __tsan_read_range(void* address, unsigned long bytes);
+extern "C" void __tsan_write_range(void* address, unsigned long bytes);
 extern "C" void AnnotateIgnoreWritesBegin(const char* file, int line);
 extern "C" void AnnotateIgnoreWritesEnd(const char* file, int line);
 #endif
@@ -25,6 +27,8 @@ inline void* tsan_fiber(unsigned number) {  // kept: making one takes a third of
 inline void tsan_switch(void* fiber) { __tsan_switch_to_fiber(fiber, __tsan_switch_to_fiber_no_sync); }
 inline void tsan_release(void* address) { __tsan_release(address); }
 inline void tsan_acquire(void* address) { __tsan_acquire(address); }
+inline void tsan_read(const void* address, size_t bytes) { __tsan_read_range(const_cast<void*>(address), bytes); }
+inline void tsan_write(void* address, size_t bytes) { __tsan_write_range(address, bytes); }
 inline void tsan_ignore_begin() { AnnotateIgnoreWritesBegin(__FILE__, __LINE__); }
 inline void tsan_ignore_end() { AnnotateIgnoreWritesEnd(__FILE__, __LINE__); }
 #else

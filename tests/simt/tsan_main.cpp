@@ -2,7 +2,7 @@
 // looked at here; the sizes are chosen so that every kernel runs, with several rows to a block or several blocks to a
 // grid.
 //
-//   simt_tsan [--seed N] [--disable KERNEL FILE LINE] [--selftest NAME]
+//   simt_tsan [--seed N] [--disable KERNEL FILE LINE] [--selftest NAME] [--variant N]
 //
 // Exit status 66 after a report, 2 when the executor refuses, 0 otherwise.
 #include <cstdio>
@@ -103,11 +103,11 @@ void layer_norm(const Case& c) {
   layer_norm_bwd_cuda(bwd, nullptr);
 }
 
-void run_selftest(const char* name) {
+void run_selftest(const char* name, int variant) {
   constexpr unsigned kBlocks = 3, kThreads = 64;
-  const std::vector<float> x(kBlocks * kThreads, 1.0f);
-  std::vector<float> y(kBlocks * kThreads);
-  const char* report = selftest_run(name, kBlocks, kThreads, 1024, x.data(), y.data(), kThreads, 0);
+  const std::vector<float> x(kBlocks * kThreads * kThreads * 4, 1.0f);
+  std::vector<float> y(kBlocks * kThreads * 4);
+  const char* report = selftest_run(name, kBlocks, kThreads, 4096, x.data(), y.data(), kThreads, variant);
   if (report != nullptr) throw std::runtime_error(report);
 }
 
@@ -116,6 +116,7 @@ void run_selftest(const char* name) {
 
 int main(int argc, char** argv) try {
   const char* selftest = nullptr;
+  int variant = 0;
   for (int i = 1; i < argc; ++i) {
     const std::string option = argv[i];
     const int left = argc - 1 - i;
@@ -126,12 +127,14 @@ int main(int argc, char** argv) try {
       i += 3;
     } else if (option == "--selftest" && left >= 1) {
       selftest = argv[++i];
+    } else if (option == "--variant" && left >= 1) {
+      variant = atoi(argv[++i]);
     } else {
       throw std::runtime_error("unknown option " + option);
     }
   }
   if (selftest != nullptr) {
-    pyops::run_selftest(selftest);
+    pyops::run_selftest(selftest, variant);
   } else {
     for (const pyops::Case& c : pyops::kLayerNorm) {
       pyops::layer_norm<float, float>(c);

@@ -1,5 +1,6 @@
 // Exchanges between the lanes of a warp. A lane waits until every lane named in its mask waits in the same exchange;
-// the last to come computes the results of all. A shuffle that reads a lane outside the mask gets poison.
+// the last to come computes the results of all (those of matrix instructions in matrix.cpp). A shuffle that reads a
+// lane outside the mask gets poison.
 #include <bit>
 
 #include "state.h"
@@ -30,6 +31,7 @@ unsigned source_lane(const Fiber& lane) {
 }
 
 void complete(Warp& warp, unsigned mask, Wait kind) {
+  if (kind >= Wait::kLdmatrix) complete_matrices(warp, kind);
   unsigned votes = 0;
   for (unsigned rest = mask; rest != 0; rest &= rest - 1) {
     const unsigned lane = std::countr_zero(rest);
@@ -45,9 +47,12 @@ void complete(Warp& warp, unsigned mask, Wait kind) {
     make_ready(&lane);
   }
   warp.waiting &= ~mask;
+  let_copies_happen();
 }
 
-// The operands of the exchange stand in the running fiber.
+}  // namespace
+
+// The operands of the exchange stand in the running fiber or, of matrix instructions, in its warp.
 void join(Wait kind, unsigned mask, CallSite site) {
   Fiber* me = executor.running;
   Warp& warp = *me->warp;
@@ -56,9 +61,17 @@ void join(Wait kind, unsigned mask, CallSite site) {
   me->wait = kind;
   me->site = site;
   me->mask = mask;
+  if (warp.waiting == 0) {
+    warp.wait = kind;
+    warp.differ = false;
+    warp.mask = mask;
+    warp.site = site;
+  } else if (warp.wait != kind || warp.mask != mask || !same_site(warp.site, site)) {
+    warp.differ = true;
+  }
   warp.waiting |= 1u << me->lane;
   if ((warp.waiting & mask) == mask) {
-    for (unsigned rest = mask; rest != 0; rest &= rest - 1) {
+    for (unsigned rest = warp.differ ? mask : 0; rest != 0; rest &= rest - 1) {
       const Fiber& lane = warp.lanes[std::countr_zero(rest)];
       if (lane.wait != kind || lane.mask != mask || !same_site(lane.site, site)) {
         fail("divergence: another lane named in mask " + hex(mask) + " waits with mask " + hex(lane.mask) + " at " +
@@ -71,8 +84,6 @@ void join(Wait kind, unsigned mask, CallSite site) {
   wait_for_turn();
   me->wait = Wait::kNone;
 }
-
-}  // namespace
 
 void sync_warp(unsigned mask, CallSite site) {
   if (switched_off(site, Wait::kSyncWarp)) return;

@@ -1,0 +1,92 @@
+// Vector functions. Errors are in units in the last place of the result, over all finite arguments.
+#pragma once
+#include "simd.h"
+
+namespace pyops::PYOPS_ISA {
+
+// How close a function has to come: to the arithmetic type, or to the 16-bit type that its result is rounded to.
+enum class Precision { full, half };
+
+// 2^f = 1 + f P(f) on [-1/2, 1/2]: P by Remez, for double by Taylor.
+constexpr float kExp2Full[] = {0.69314720286f,  0.24022647914f,   0.055503324712f,
+                               0.009618437357f, 0.0013398874394f, 0.00015353362069f};
+constexpr float kExp2Half[] = {0.69312419342f, 0.24024098612f, 0.055906424591f, 0.009582853029f};
+constexpr double kExp2Double[] = {0.693147180559945309417,    0.240226506959100712333,    0.0555041086648215799531,
+                                  0.00961812910762847716198,  0.00133335581464284434234,  0.000154035303933816099544,
+                                  1.52527338040598402800e-05, 1.32154867901443094884e-06, 1.01780860092396997275e-07,
+                                  7.05491162080112332987e-09, 4.44553827187081149760e-10, 2.56784359934882051420e-11,
+                                  1.36914888539041288881e-12};
+
+template <typename A, int N>
+PYOPS_INLINE Vec<A> polynomial(Vec<A> x, const A (&c)[N]) {
+  Vec<A> p = splat(c[N - 1]);
+#pragma GCC unroll 16
+  for (int i = N - 2; i >= 0; --i) p = p * x + c[i];
+  return p;
+}
+
+template <typename A>
+struct Float;
+template <>
+struct Float<float> {
+  using bits = LaneIndex<float>::type;
+  static constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+  static constexpr float kLeast = -126.0f;      // of the exponents of normal numbers
+  static constexpr int kMantissa = 23;
+};
+template <>
+struct Float<double> {
+  using bits = LaneIndex<double>::type;
+  static constexpr double kRound = 6755399441055744.0;
+  static constexpr double kLeast = -1022.0;
+  static constexpr int kMantissa = 52;
+};
+
+// 2^x for x <= 128 (1024). 1 ulp; 2^-18 of the result when Precision::half. Results below the least normal number are
+// 0; 2^0 is exactly 1, 2^-inf 0, 2^NaN NaN.
+template <typename A, Precision precision = Precision::full>
+PYOPS_INLINE Vec<A> exp2(Vec<A> x) {
+  using F = Float<A>;
+  const Vec<A> shifted = x + F::kRound, f = x - (shifted - F::kRound);
+  Vec<A> p;
+  if constexpr (sizeof(A) == 8) {
+    p = polynomial<A>(f, kExp2Double);
+  } else if constexpr (precision == Precision::full) {
+    p = polynomial<A>(f, kExp2Full);
+  } else {
+    p = polynomial<A>(f, kExp2Half);
+  }
+  p = p * f + A(1);
+  const auto scaled = bit_cast<typename F::bits>(p) + (bit_cast<typename F::bits>(shifted) << F::kMantissa);
+  return x < F::kLeast ? Vec<A>{} : bit_cast<Vec<A>>(scaled);
+}
+
+// tanh x = x + x^3 P(x^2) on [-5/8, 5/8], by Remez.
+constexpr float kTanhFloat[] = {-0.33333283925284f, 0.13331491286994f, -0.05374349808185f, 0.0206505872999530f,
+                                -0.0057170450593452f};
+constexpr double kTanhDouble[] = {-0.33333333333333332505,    0.13333333333333163951,      -0.053968253968132780139,
+                                  0.021869488531783602364,    -0.0088632354367481895645,   0.0035921267583116353872,
+                                  -0.0014558225018663791373,  0.00058995030964622516656,   -0.00023877465937067847041,
+                                  0.000095760218063274870312, -0.000036639554066360099996, 0.000011807117546518870153,
+                                  -2.2767174226595065295e-6};
+
+// 2 ulp.
+template <typename A>
+PYOPS_INLINE Vec<A> tanh(Vec<A> x) {
+  constexpr A kTwoLog2E = A(2.88539008177792681472), kLargest = A(sizeof(A) == 8 ? 20 : 10);
+  const Vec<A> magnitude = x < A(0) ? -x : x;
+  const Vec<A> z = x * x;
+  Vec<A> small;
+  if constexpr (sizeof(A) == 8) {
+    small = polynomial<A>(z, kTanhDouble);
+  } else {
+    small = polynomial<A>(z, kTanhFloat);
+  }
+  small = x + x * z * small;
+  const Vec<A> held = magnitude > kLargest ? splat(kLargest) : magnitude;
+  const Vec<A> large = A(1) - A(2) / (exp2<A>(held * kTwoLog2E) + A(1));
+  const Vec<A> result = x < A(0) ? -large : large;
+  return x != x ? x : (magnitude < A(0.625) ? small : result);
+}
+
+}  // namespace pyops::PYOPS_ISA
