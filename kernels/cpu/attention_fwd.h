@@ -199,6 +199,9 @@ void forward_rows(const AttentionFwdParams<T>& p, const Sequence& seq, int64_t h
 // there are fewer units than threads, several threads share the keys of one.
 
 constexpr int kFewRows = kLeastRows;
+// From this many keys on. The products add up in another order than backward's, which costs digits where scores are
+// large: a gradient behind a short call is worth more than its speed.
+constexpr int kManyKeys = 1024;
 
 // Rows of a cache of keys lie a page or more apart, which the hardware's prefetchers do not follow.
 constexpr int kRowsAhead = 16;
@@ -420,7 +423,7 @@ RowBlocks row_blocks(const AttentionParams<T>& p, int threads) {
 template <typename T>
 void forward(const AttentionFwdParams<T>& p) {
   const int threads = attention_threads(p);
-  if (p.H / p.Hk * p.max_q <= kFewRows) return forward_few(p, threads);
+  if (p.H / p.Hk * p.max_q <= kFewRows && p.max_k >= kManyKeys) return forward_few(p, threads);
   const RowBlocks blocks = row_blocks(p, threads);
   const int64_t tasks = p.B * p.Hk * blocks.count, group = p.H / p.Hk;
   int64_t next = 0;
