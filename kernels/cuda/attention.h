@@ -14,7 +14,8 @@ void attention_fwd_cuda(const AttentionFwdParams<T>& p, stream_t stream);
 template <typename T>
 void attention_bwd_cuda(const AttentionBwdParams<T>& p, stream_t stream);
 
-// Elements of `workspace`, for the current device. Of p only the sizes, mask_kind and whether there is cu_q are looked at.
+// Elements of `workspace`, for the current device. Of p only the sizes, mask_kind and whether there is cu_q are looked
+// at.
 template <typename T>
 int64_t attention_fwd_workspace_cuda(const AttentionFwdParams<T>& p);
 template <typename T>
