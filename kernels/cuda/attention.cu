@@ -12,15 +12,15 @@
 //   products more), whose blocks own a tile of it each and visit whatever shares that tile.
 //   Tiles that the window hides are not visited; only tiles that it crosses pay for it.
 // Work: forward 4 B H L S D FLOP, backward 14, dmask 4 more; half of it under a causal mask. q, k, v and out must move
-// once; keys and values come from L2 once per block of rows. Bound by the products, or with few queries by the keys'
-// bytes.
+// once; keys and values come from L2 once per block of rows. Bound by the products, or with few queries by the bytes.
 // Numerics: products with fp32 sums; scores, softmax and statistics in fp32; P and dS are rounded to T as factors of
-// the next product. Fixed order of additions: equal bits from run to run on a device. Variants: plain, and with
-// everything (mask, softcap, ALiBi, dropout, a scale that is not positive), whose parts are uniform branches. Window,
-// sinks, grouped heads, packed sequences and dlse are in both. Limits: D and Dv up to 256, multiples of 8; addresses
-// and strides multiples of 16 bytes, the last dimension dense. The larger of D and Dv decides about the size that both
-// are padded to in shared memory. L and S of a sequence, and the queries of a group of heads, below 2^29. At most 99 KB
-// of shared memory to a block. Papers: Dao 2023 (FlashAttention-2); Milakov and Gimelshein 2018 (softmax in one pass).
+// the next product. Fixed order of additions: equal bits from run to run on a device.
+// Variants: plain, and with everything (mask, softcap, ALiBi, dropout, a scale that is not positive), whose parts are
+// uniform branches. Window, sinks, grouped heads, packed sequences and dlse are in both.
+// Limits: D and Dv up to 256, multiples of 8; addresses and strides multiples of 16 bytes, the last dimension dense.
+// Both are padded with zeros, on chip, to the next of 32, 64, 96, 128, 192 and 256 that holds the larger one. L and S
+// of a sequence, and the queries of a group of heads, below 2^29. At most 99 KB of shared memory to a block.
+// Papers: Dao 2023 (FlashAttention-2); Milakov and Gimelshein 2018 (softmax in one pass).
 #include "attention.h"
 
 #include <algorithm>
@@ -33,6 +33,8 @@ namespace pyops {
 namespace {
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+constexpr size_t kMaxSharedBytes = 99 * 1024;  // of a block where a multiprocessor has least (8.6, 8.9, 12.0)
 
 dim3 grid_of(int64_t blocks) {
   if (blocks > INT32_MAX) throw std::runtime_error("attention: the call needs more than 2^31 blocks");
@@ -98,10 +100,11 @@ int64_t max_mask_blocks() { return 2 * multiprocessor_count(); }
 template <typename T, int kD, bool kPlain, bool kSmall>
 void launch_fwd(const AttentionFwdParams<T>& p, stream_t stream) {
   using Plan = FwdPlan<kD, kPlain, kSmall>;
+  using Storage = FwdStorage<T, kD, Plan>;
+  static_assert(sizeof(Storage) <= kMaxSharedBytes);
   const AttentionGrid grid = make_grid(p, ceil_div(rows_per_key_head(p), Plan::kQueries), fwd_splits(p));
   launch("attention_fwd_kernel", attention_fwd_kernel<T, kD, kPlain, kSmall>,
-         grid_of(p.B * p.Hk * grid.tiles * grid.splits), dim3(kAttentionThreads), sizeof(FwdStorage<T, kD, Plan>),
-         stream, p, grid);
+         grid_of(p.B * p.Hk * grid.tiles * grid.splits), dim3(kAttentionThreads), sizeof(Storage), stream, p, grid);
   if (grid.splits > 1) {
     launch("attention_fwd_combine_kernel", attention_fwd_combine_kernel<T>,
            grid_of(ceil_div(row_count(p) * kRowLanes, kAttentionThreads)), dim3(kAttentionThreads), 0, stream, p, grid);
@@ -118,17 +121,21 @@ void fwd(const AttentionFwdParams<T>& p, stream_t stream) {
 
 template <typename T, int kD, bool kPlain>
 void launch_dq(const AttentionBwdParams<T>& p, stream_t stream) {
+  using Storage = DqStorage<T, kD>;
+  static_assert(sizeof(Storage) <= kMaxSharedBytes);
   const AttentionGrid grid = make_grid(p, ceil_div(rows_per_key_head(p), DqPlan<kD>::kQueries), 1);
   launch("attention_bwd_dq_kernel", attention_bwd_dq_kernel<T, kD, kPlain>, grid_of(p.B * p.Hk * grid.tiles),
-         dim3(kAttentionThreads), sizeof(DqStorage<T, kD>), stream, p, grid);
+         dim3(kAttentionThreads), sizeof(Storage), stream, p, grid);
 }
 
 template <typename T, int kD, bool kPlain, KeyGradient kWhich>
 void launch_dkv(const AttentionBwdParams<T>& p, stream_t stream) {
   using Plan = DkvPlan<kD, kPlain, kWhich>;
+  using Storage = DkvStorage<T, kD, Plan>;
+  static_assert(sizeof(Storage) <= kMaxSharedBytes);
   const AttentionGrid grid = make_grid(p, ceil_div(p.max_k, Plan::kKeys), 1);
   launch("attention_bwd_dkv_kernel", attention_bwd_dkv_kernel<T, kD, kPlain, kWhich>, grid_of(p.B * p.Hk * grid.tiles),
-         dim3(kAttentionThreads), sizeof(DkvStorage<T, kD, Plan>), stream, p, grid);
+         dim3(kAttentionThreads), sizeof(Storage), stream, p, grid);
 }
 
 template <typename T, int kD, bool kPlain>
@@ -144,6 +151,7 @@ void bwd(const AttentionBwdParams<T>& p, stream_t stream) {
 
 template <typename T>
 void bwd_dmask(const AttentionBwdParams<T>& p, stream_t stream) {
+  static_assert(sizeof(MaskStorage<T>) <= kMaxSharedBytes);
   MaskGrid grid{};
   const int tiles = int(ceil_div(p.max_q, kMaskTile));
   const auto divide = [](bool shared, int64_t size, int& own, int& common) {

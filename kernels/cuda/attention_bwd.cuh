@@ -47,7 +47,8 @@ struct DqPlan {
   static constexpr int kM = kD <= 64 ? 2 : 1;  // fragments of 16 rows to a warp
   static constexpr int kQueries = 16 * kM * kAttentionWarps;
   static constexpr int kKeys = kPitch<kD> == 256 ? 16 : 32;
-  static constexpr int kStages = 2;  // pairs of tiles of keys and values
+  static constexpr int kStages = 2;                          // pairs of tiles of keys and values
+  static constexpr int kBlocks = kPitch<kD> == 128 ? 3 : 2;  // to a multiprocessor, as far as registers go
 };
 
 template <typename T, int kD>
@@ -59,7 +60,7 @@ struct DqStorage {
 };
 
 template <typename T, int kD, bool kPlain>
-__global__ void __launch_bounds__(kAttentionThreads, 2)
+__global__ void __launch_bounds__(kAttentionThreads, DqPlan<kD>::kBlocks)
     attention_bwd_dq_kernel(const __grid_constant__ AttentionBwdParams<T> p,
                             const __grid_constant__ AttentionGrid grid) {
   using Plan = DqPlan<kD>;

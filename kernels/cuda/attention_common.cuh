@@ -24,7 +24,7 @@ constexpr float kLog2e = 1.44269504088896f;
 constexpr float kInfinity = INFINITY;
 constexpr int kUnlimited = 1 << 29;  // more than any index, and three of them fit in 32 bits
 
-// --------------------------------------------------------------------------------------------------------- arithmetic
+// ---------------------------------------------------------------------------------------------------------- arithmetic
 
 // 2^x to two units in the last place; 0 below 2^-126. One instruction where exp2f() takes four.
 __device__ __forceinline__ float exp2_flushed(float x) {
@@ -65,7 +65,7 @@ __device__ __forceinline__ float high(uint32_t pair) {
   return to_acc(T{uint16_t(pair >> 16)});
 }
 
-// ---------------------------------------------------------------------------------------------- sequences and windows
+// ----------------------------------------------------------------------------------------------- sequences and windows
 
 // Rows of all sequences.
 template <typename T>
@@ -314,8 +314,8 @@ __device__ __forceinline__ void store_rows(const float (&x)[kM][kD / 8][4], Fact
   }
 }
 
-// --------------------------------------------------------------------------------------------------------- block
-// tables What a block needs to know of its rows or keys stands in shared memory: the registers are full of products.
+// -------------------------------------------------------------------------------------------------------- block tables
+// What a block needs to know of its rows or keys stands in shared memory: the registers are full of products.
 
 // How a grid of blocks divides the work: by sequence, key head, tile of rows and part of the keys, the last one
 // fastest. The rows of a key head are those of [heads that share it, queries]. Tiles count backwards: under a causal
@@ -445,7 +445,12 @@ __device__ __forceinline__ void load_mask(const A* row, int column, int end, int
   if (whole) {
     const A* from = row + min(column, end - kCount);
     const auto words = load_vec<kBytes / sizeof(Word)>(reinterpret_cast<const Word*>(from));
-    memcpy(to, &words, kBytes);
+    constexpr int kWord = sizeof(Word), kElement = sizeof(A);
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {  // by shifts, because a copy of the words becomes accesses to 16 bits
+      const uint32_t bits = words[i * kElement / kWord] >> i * kElement % kWord * 8;
+      memcpy(to + i, &bits, kElement);
+    }
   } else {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) to[i] = row[min(column + i, end - 1) * step];
@@ -625,7 +630,7 @@ class KeyRows {
   int head_ = 0, query_ = 0;
 };
 
-// ------------------------------------------------------------------------------------------------------------- scores
+// -------------------------------------------------------------------------------------------------------------- scores
 
 // Calls f(m, n, e, bias) with an additive mask.
 template <int kN, typename T, typename Place, typename F>

@@ -14,7 +14,8 @@ struct FwdPlan {
   static constexpr int kStages = kPitch<kD> == 256             ? 2
                                  : kPitch<kD> == 128 && kPlain ? 3
                                                                : 4;  // tiles of keys or values
-  static constexpr int kBlocks = kD <= 64 && kSmall ? 3 : 2;         // to a multiprocessor, as far as registers go
+  static constexpr int kBlocks =
+      kD <= 32 || (kD <= 64 && kSmall) ? 3 : 2;  // to a multiprocessor, as far as registers go
 };
 
 template <typename T, int kD, typename Plan>
