@@ -287,7 +287,7 @@ __device__ __forceinline__ void multiply_product(float (&d)[kM][kD / 8][4], cons
 template <int kD, Order kOrder, typename T, int kM, typename Factor, typename Row>
 __device__ __forceinline__ void store_rows(const float (&x)[kM][kD / 8][4], Factor factor, T* tile, int D, Row row) {
   const int lane = threadIdx.x % kWarpSize, g = lane / 4, t = lane % 4;
-  sync_warp();
+  sync_warp();  // the tile is free
 #pragma unroll
   for (int m = 0; m < kM; ++m) {
 #pragma unroll

@@ -11,9 +11,8 @@ struct FwdPlan {
   static constexpr int kM = kPitch<kD> == 256 || kSmall ? 1 : 2;  // fragments of 16 rows to a warp
   static constexpr int kQueries = 16 * kM * kAttentionWarps;
   static constexpr int kKeys = kM == 1 ? 64 : !kPlain ? 32 : kPitch<kD> == 128 ? 48 : 64;
-  static constexpr int kStages = kPitch<kD> == 256             ? 2
-                                 : kPitch<kD> == 128 && kPlain ? 3
-                                                               : 4;  // tiles of keys or values
+  // Tiles of keys or values, as many as leave room for two blocks on compute capability 8.0, up to kD = 128.
+  static constexpr int kStages = kPitch<kD> == 256 ? 2 : kPitch<kD> == 128 && (kPlain || kSmall) ? 3 : 4;
   static constexpr int kBlocks =
       kD <= 32 || (kD <= 64 && kSmall) ? 3 : 2;  // to a multiprocessor, as far as registers go
 };
