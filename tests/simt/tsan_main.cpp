@@ -4,6 +4,8 @@
 //
 //   simt_tsan [--seed N] [--disable KERNEL FILE LINE] [--selftest NAME] [--variant N]
 //
+// With --disable only the operation runs whose kernel it is.
+//
 // Exit status 66 after a report, 2 when the executor refuses, 0 otherwise.
 #include <cstdio>
 #include <cstdlib>
@@ -12,6 +14,7 @@
 #include <string>
 #include <vector>
 
+#include "../../kernels/cuda/attention.h"
 #include "../../kernels/cuda/layer_norm.h"
 #include "api.h"
 
@@ -23,12 +26,12 @@ extern "C" const char* __tsan_default_options() { return "halt_on_error=1:exitco
 namespace pyops {
 namespace {
 
-struct Case {
+struct LayerNorm {
   int64_t R, C, P;
   bool rms, dropout, backward;
 };
 
-constexpr Case kLayerNorm[] = {
+constexpr LayerNorm kLayerNorm[] = {
     {70, 8, 1, false, false, true},      // several rows to a warp
     {9, 200, 1, false, true, true},      // a warp to a row
     {9, 203, 1, true, true, true},       // odd: single elements
@@ -41,7 +44,7 @@ constexpr Case kLayerNorm[] = {
 };
 
 template <typename T, typename W>
-void layer_norm(const Case& c) {
+void layer_norm(const LayerNorm& c) {
   using A = acc_t<T>;
   const size_t n = c.R * c.C;
   const std::vector<T> x(n), residual(n), dy(n), dsum(n);
@@ -103,6 +106,73 @@ void layer_norm(const Case& c) {
   layer_norm_bwd_cuda(bwd, nullptr);
 }
 
+// Query heads share one key head. With dropout there is a bias of the keys, and its gradient.
+struct Attention {
+  int64_t H, L, S, D;
+  bool dropout;
+  std::vector<int32_t> cu_q, cu_k;  // of packed sequences, or empty
+};
+
+const Attention kAttention[] = {
+    {2, 70, 300, 24, false, {}, {}},  // several tiles of queries and of keys
+    {2, 2, 300, 64, false, {}, {}},   // few queries: the keys are split
+    {3, 70, 72, 72, true, {}, {}},    // tiles of queries and heads share a tile of the bias
+    {2, 20, 40, 136, false, {}, {}},  // dk and dv apart
+    {2, 75, 60, 8, false, {0, 5, 75}, {0, 40, 60}},
+};
+
+template <typename T>
+void attention(const Attention& c) {
+  const bool packed = !c.cu_q.empty();
+  const std::vector<T> q(c.H * c.L * c.D), k(c.S * c.D), v(c.S * c.D), dout(q.size()), bias(c.S);
+  const std::vector<int64_t> seed = {7, 9};
+  std::vector<T> out(q.size()), dq(q.size()), dk(k.size()), dv(v.size());
+  std::vector<float> stats(2 * c.H * c.L), dbias(c.S), workspace;
+  const AttentionStrides by_query{c.H * c.L * c.D, c.L * c.D, c.D}, by_key{c.S * c.D, c.S * c.D, c.D};
+  const AttentionParams<T> shared{.q = q.data(),
+                                  .k = k.data(),
+                                  .v = v.data(),
+                                  .mask = c.dropout ? bias.data() : nullptr,
+                                  .slopes = nullptr,
+                                  .sinks = nullptr,
+                                  .seed = c.dropout ? seed.data() : nullptr,
+                                  .cu_q = packed ? c.cu_q.data() : nullptr,
+                                  .cu_k = packed ? c.cu_k.data() : nullptr,
+                                  .q_stride = by_query,
+                                  .k_stride = by_key,
+                                  .v_stride = by_key,
+                                  .mask_stride = {0, 0, 0, 1},
+                                  .mask_kind = c.dropout ? AttentionMask::same : AttentionMask::none,
+                                  .B = packed ? int64_t(c.cu_q.size()) - 1 : 1,
+                                  .H = c.H,
+                                  .Hk = 1,
+                                  .L = c.L,
+                                  .S = c.S,
+                                  .D = c.D,
+                                  .Dv = c.D,
+                                  .max_q = c.L,
+                                  .max_k = c.S,
+                                  .scale = 1.0f,
+                                  .softcap = 0.0f,
+                                  .left = -1,
+                                  .right = packed ? 0 : -1,
+                                  .bottom_right = false,
+                                  .dropout_scale = 1.0f,
+                                  .drop_threshold = 1u << 22,
+                                  .num_threads = 1};
+  AttentionFwdParams<T> fwd{shared, out.data(), by_query, stats.data(), nullptr};
+  workspace.resize(attention_fwd_workspace_cuda(fwd));
+  fwd.workspace = workspace.data();
+  attention_fwd_cuda(fwd, nullptr);
+  AttentionBwdParams<T> bwd{
+      shared,    dout.data(), out.data(), stats.data(), nullptr, by_query, by_query,
+      dq.data(), dk.data(),   dv.data(),  by_query,     by_key,  by_key,   c.dropout ? dbias.data() : nullptr,
+      {0, 0, 0}, nullptr};
+  workspace.resize(attention_bwd_workspace_cuda(bwd));
+  bwd.workspace = workspace.data();
+  attention_bwd_cuda(bwd, nullptr);
+}
+
 void run_selftest(const char* name, int variant) {
   constexpr unsigned kBlocks = 3, kThreads = 64;
   const std::vector<float> x(kBlocks * kThreads * kThreads * 4, 1.0f);
@@ -116,6 +186,7 @@ void run_selftest(const char* name, int variant) {
 
 int main(int argc, char** argv) try {
   const char* selftest = nullptr;
+  std::string disabled;
   int variant = 0;
   for (int i = 1; i < argc; ++i) {
     const std::string option = argv[i];
@@ -124,6 +195,7 @@ int main(int argc, char** argv) try {
       simt_set_seed(strtoull(argv[++i], nullptr, 10));
     } else if (option == "--disable" && left >= 3) {
       simt_disable(argv[i + 2], atoi(argv[i + 3]), argv[i + 1]);
+      disabled = argv[i + 1];
       i += 3;
     } else if (option == "--selftest" && left >= 1) {
       selftest = argv[++i];
@@ -135,10 +207,13 @@ int main(int argc, char** argv) try {
   }
   if (selftest != nullptr) {
     pyops::run_selftest(selftest, variant);
-  } else {
-    for (const pyops::Case& c : pyops::kLayerNorm) {
-      pyops::layer_norm<float, float>(c);
-    }
+    return 0;
+  }
+  if (!disabled.starts_with("attention")) {
+    for (const pyops::LayerNorm& c : pyops::kLayerNorm) pyops::layer_norm<float, float>(c);
+  }
+  if (!disabled.starts_with("layer_norm")) {
+    for (const pyops::Attention& c : pyops::kAttention) pyops::attention<pyops::bf16>(c);
   }
   return 0;
 } catch (const std::exception& error) {
