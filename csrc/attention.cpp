@@ -22,6 +22,7 @@ namespace {
 
 constexpr const char* kFwd = "attention_fwd";
 constexpr const char* kBwd = "attention_bwd";
+constexpr const char* kResidueRule = "only the CPU kernels know a residue";
 
 bool same_device(const TensorView& a, const TensorView& b) {
   return a.t.device.device_type == b.t.device.device_type && a.t.device.device_id == b.t.device.device_id;
@@ -237,16 +238,18 @@ acc_t<T>* checked_workspace(const Params& params, const TensorView& workspace, c
 
 void attention_fwd(const TensorView& q, const TensorView& k, const TensorView& v, const TensorView& mask,
                    const TensorView& slopes, const TensorView& sinks, const TensorView& seed, const TensorView& cu_q,
-                   const TensorView& cu_k, const TensorView& out, const TensorView& stats, const TensorView& workspace,
-                   double scale, int64_t left, int64_t right, bool bottom_right, double softcap, double p,
+                   const TensorView& cu_k, const TensorView& out, const TensorView& residue, const TensorView& stats,
+                   const TensorView& workspace, double scale, int64_t left, int64_t right, bool bottom_right, double softcap, double p,
                    int64_t max_q, int64_t max_k, int num_threads) {
   const Sizes s = sizes(q, k, v, cu_q, max_q, max_k, kFwd);
   const Options o{scale, left, right, bottom_right, softcap, p, num_threads};
   require(out && stats, kFwd, "an output is missing");
+  require(!residue || !on_cuda(q), kFwd, kResidueRule);
   dispatch_dtype(kFwd, q, [&](auto t) {
     using T = typename decltype(t)::type;
     auto params = filled<AttentionFwdParams<T>, T>(q, k, v, mask, slopes, sinks, seed, cu_q, cu_k, s, o, kFwd);
     params.out = strided<T>(out, q, s.Dv, params.out_stride, kFwd, "out must be like q, with a dense last dimension");
+    params.residue = strided<T>(residue, q, s.Dv, params.residue_stride, kFwd, "residue must be like out");
     params.stats = dense<acc_t<T>>(stats, q, 2 * q.size(0) * s.H * s.L, kFwd, "stats must be dense [2, B, H, L]");
     params.workspace = checked_workspace<T>(params, workspace, q, kFwd);
     run<T>(params, q, kFwd);
@@ -256,12 +259,13 @@ void attention_fwd(const TensorView& q, const TensorView& k, const TensorView& v
 void attention_bwd(const TensorView& dout, const TensorView& dlse, const TensorView& q, const TensorView& k,
                    const TensorView& v, const TensorView& mask, const TensorView& slopes, const TensorView& sinks,
                    const TensorView& seed, const TensorView& cu_q, const TensorView& cu_k, const TensorView& out,
-                   const TensorView& stats, const TensorView& dq, const TensorView& dk, const TensorView& dv,
+                   const TensorView& residue, const TensorView& stats, const TensorView& dq, const TensorView& dk, const TensorView& dv,
                    const TensorView& dmask, const TensorView& workspace, double scale, int64_t left, int64_t right,
                    bool bottom_right, double softcap, double p, int64_t max_q, int64_t max_k, int num_threads) {
   const Sizes s = sizes(q, k, v, cu_q, max_q, max_k, kBwd);
   const Options o{scale, left, right, bottom_right, softcap, p, num_threads};
   require(dout && out && stats, kBwd, "an input is missing");
+  require(!residue || !on_cuda(q), kBwd, kResidueRule);
   dispatch_dtype(kBwd, q, [&](auto t) {
     using T = typename decltype(t)::type;
     using A = acc_t<T>;
@@ -269,6 +273,7 @@ void attention_bwd(const TensorView& dout, const TensorView& dlse, const TensorV
     const int64_t rows = q.size(0) * s.H * s.L;
     params.dout = strided<const T>(dout, q, s.Dv, params.dout_stride, kBwd, "dout must be like out");
     params.out = strided<const T>(out, q, s.Dv, params.out_stride, kBwd, "out must be like q");
+    params.residue = strided<const T>(residue, q, s.Dv, params.residue_stride, kBwd, "residue must be like out");
     params.stats = dense<A>(stats, q, 2 * rows, kBwd, "stats must be dense [2, B, H, L]");
     params.dlse = dense<A>(dlse, q, rows, kBwd, "dlse must be dense [B, H, L]");
     params.dq = strided<T>(dq, q, s.D, params.dq_stride, kBwd, "dq must be like q");

@@ -52,6 +52,7 @@ class Config(NamedTuple):
     max_q: int  # the longest packed sequence; of no meaning without cu_q
     max_k: int
     return_lse: bool
+    keep_residue: bool  # what rounding takes from out, for backward
     backend: str
 
 
@@ -268,10 +269,11 @@ def forward_leaf(
     cu_q: Tensor | None,
     cu_k: Tensor | None,
     c: Config,
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """(out, lse, stats) on the kernels of ``c.backend``; lse is None where it was not asked for."""
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
+    """(out, lse, residue, stats) on the kernels of ``c.backend``; None is what was not asked for."""
     shape, scores = _sizes(q, k, cu_q, c)
     out = _empty_out(q, v)
+    residue = _empty_out(q, v) if c.keep_residue else None
     stats = torch.empty((2, *q.shape[:3]), dtype=_acc(q.dtype), device=q.device)
     if scores:
         q, k, v = (_prepared(t, c) for t in (q, k, v))
@@ -281,14 +283,16 @@ def forward_leaf(
         size = kernels.attention_fwd_workspace(q, k, v, mask, cu_q, max_q, max_k)
         workspace = torch.empty(size, dtype=stats.dtype, device=q.device) if size else None
         kernels.attention_fwd(
-            q, k, v, mask, slopes, sinks, seed, cu_q, cu_k, out, stats, workspace,
+            q, k, v, mask, slopes, sinks, seed, cu_q, cu_k, out, residue, stats, workspace,
             _scale(q, c), c.left, c.right, c.bottom_right, c.softcap, c.p, max_q, max_k, _get_num_threads(),
         )  # fmt: skip
     else:
         out.zero_()
+        if residue is not None:
+            residue.zero_()
         stats[0] = -math.inf if sinks is None else sinks[:, None] * _LOG2_E
         stats[1] = 0.0 if sinks is None else 1.0
-    return out, _lse(stats) if c.return_lse else None, stats
+    return out, _lse(stats) if c.return_lse else None, residue, stats
 
 
 def backward_leaf(
@@ -304,6 +308,7 @@ def backward_leaf(
     cu_q: Tensor | None,
     cu_k: Tensor | None,
     out: Tensor,
+    residue: Tensor | None,
     stats: Tensor,
     c: Config,
     needs: Sequence[bool],
@@ -316,7 +321,9 @@ def backward_leaf(
         # An infinite lse is a constant.
         dlse = torch.where((stats[0] > -math.inf) & (stats[0] < _TOP / 2), dlse, 0.0).contiguous()
     by_key = need_mask and mask.shape[-1] > 1
-    dmask, dsinks = _row_gradients(dout, dlse, mask, sinks, cu_q, out, stats, c, need_mask and not by_key, need_sinks)
+    dmask, dsinks = _row_gradients(
+        dout, dlse, mask, sinks, cu_q, out, residue, stats, c, need_mask and not by_key, need_sinks
+    )
     dq, dk, dv = (_empty_like(t) if need else None for t, need in ((q, need_q), (k, need_k), (v, need_v)))
     if by_key:
         dmask = torch.empty(mask.shape, dtype=stats.dtype, device=q.device)
@@ -332,7 +339,7 @@ def backward_leaf(
         size = kernels.attention_bwd_workspace(q, k, v, wide, cu_q, max_q, max_k, by_key)
         workspace = torch.empty(size, dtype=stats.dtype, device=q.device) if size else None
         kernels.attention_bwd(
-            dout, dlse, q, k, v, wide, slopes, sinks, seed, cu_q, cu_k, out, stats,
+            dout, dlse, q, k, v, wide, slopes, sinks, seed, cu_q, cu_k, out, residue, stats,
             dq, dk, dv, dmask if by_key else None, workspace,
             _scale(q, c), c.left, c.right, c.bottom_right, c.softcap, c.p, max_q, max_k, _get_num_threads(),
         )  # fmt: skip
@@ -346,6 +353,7 @@ def _row_gradients(
     sinks: Tensor | None,
     cu_q: Tensor | None,
     out: Tensor,
+    residue: Tensor | None,
     stats: Tensor,
     c: Config,
     need_mask: bool,
@@ -359,7 +367,7 @@ def _row_gradients(
     if not (need_mask or need_sinks):
         return None, None
     m, total = stats
-    delta = (dout.to(stats.dtype) * out).sum(-1)
+    delta = (dout.to(stats.dtype) * (out if residue is None else out.to(stats.dtype) + residue)).sum(-1)
     towards = delta if dlse is None else delta - dlse
     p_sink = 0.0
     if sinks is not None:
@@ -379,7 +387,7 @@ def _row_gradients(
 
 _CONFIG = (
     "float? scale, SymInt left, SymInt right, bool bottom_right, float softcap, float p, SymInt max_q, SymInt max_k, "
-    "bool return_lse, str backend"
+    "bool return_lse, bool keep_residue, str backend"
 )
 _INPUTS = (
     "Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? slopes, Tensor? sinks, Tensor? seed, Tensor? cu_q, "
@@ -387,9 +395,9 @@ _INPUTS = (
 )
 _N_INPUTS = 9
 _library = torch.library.Library("pyops", "FRAGMENT")
-_library.define(f"attention_fwd({_INPUTS}, {_CONFIG}) -> (Tensor out, Tensor lse, Tensor stats)")
+_library.define(f"attention_fwd({_INPUTS}, {_CONFIG}) -> (Tensor out, Tensor lse, Tensor residue, Tensor stats)")
 _library.define(
-    f"attention_bwd(Tensor dout, Tensor? dlse, {_INPUTS}, Tensor out, Tensor stats, {_CONFIG}, bool[5] needs) "
+    f"attention_bwd(Tensor dout, Tensor? dlse, {_INPUTS}, Tensor out, Tensor? residue, Tensor stats, {_CONFIG}, bool[5] needs) "
     "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dmask, Tensor dsinks)"
 )
 
@@ -405,7 +413,7 @@ def _fwd_operator(*args):
 
 
 def _bwd_operator(*args):
-    at = _N_INPUTS + 4
+    at = _N_INPUTS + 5
     results = backward_leaf(*args[:at], Config(*args[at:-1]), args[-1])
     return tuple(_present(t, args[0]) for t in results)
 
@@ -419,7 +427,9 @@ for _device in ("CPU", "CUDA"):
 def _fwd_fake(q, k, v, *rest):  # noqa: ARG001
     c = Config(*rest[_N_INPUTS - 3 :])
     stats = q.new_empty((2, *q.shape[:3]), dtype=_acc(q.dtype))
-    return _empty_out(q, v), torch.empty_like(stats[0]) if c.return_lse else q.new_empty(0), stats
+    lse = torch.empty_like(stats[0]) if c.return_lse else None
+    residue = _empty_out(q, v) if c.keep_residue else None
+    return tuple(_present(t, q) for t in (_empty_out(q, v), lse, residue, stats))
 
 
 @torch.library.register_fake("pyops::attention_bwd", lib=_library)
@@ -468,30 +478,32 @@ def _fwd_vmap(info, in_dims, *args):
         return _per_sample(op, info, in_dims, args)
     q, k, v, slopes = (_fold(t, d, size) for t, d in zip((q, k, v, slopes), (*in_dims[:3], in_dims[4])))
     mask = _folded_mask(mask, in_dims[3], size, q.shape[0] // size)
-    out, lse, stats = op(q, k, v, mask, slopes, sinks, seed, cu_q, cu_k, *config)
+    out, lse, residue, stats = op(q, k, v, mask, slopes, sinks, seed, cu_q, cu_k, *config)
     lead = (size, q.shape[0] // size)
-    wanted = Config(*config).return_lse
-    results = out.unflatten(0, lead), lse.unflatten(0, lead) if wanted else lse, stats.unflatten(1, lead)
-    return results, (0, 0 if wanted else None, 1)
+    c = Config(*config)
+    dims = 0, 0 if c.return_lse else None, 0 if c.keep_residue else None
+    results = (t if dim is None else t.unflatten(0, lead) for t, dim in zip((out, lse, residue), dims))
+    return (*results, stats.unflatten(1, lead)), (*dims, 1)
 
 
 @torch.library.register_vmap("pyops::attention_bwd", lib=_library)
 def _bwd_vmap(info, in_dims, *args):
     op, size = torch.ops.pyops.attention_bwd.default, info.batch_size
-    dout, dlse, q, k, v, mask, slopes, sinks, seed, cu_q, cu_k, out, stats, *config, needs = args
+    dout, dlse, q, k, v, mask, slopes, sinks, seed, cu_q, cu_k, out, residue, stats, *config, needs = args
     summed = any(needs[3:])  # over the batch
     if size == 0 or seed is not None or cu_q is not None or in_dims[7] is not None or summed:
         return _per_sample(op, info, in_dims, args)
-    dout, dlse, q, k, v, slopes, out = (
-        _fold(t, d, size) for t, d in zip((dout, dlse, q, k, v, slopes, out), (*in_dims[:5], in_dims[6], in_dims[11]))
+    dout, dlse, q, k, v, slopes, out, residue = (
+        _fold(t, d, size)
+        for t, d in zip((dout, dlse, q, k, v, slopes, out, residue), (*in_dims[:5], in_dims[6], *in_dims[11:13]))
     )
     B = q.shape[0] // size
     mask = _folded_mask(mask, in_dims[5], size, B)
-    if in_dims[12] is not None:
-        stats = stats.movedim(in_dims[12], 1).flatten(1, 2)
+    if in_dims[13] is not None:
+        stats = stats.movedim(in_dims[13], 1).flatten(1, 2)
     else:
         stats = stats[:, None].expand(2, size, *stats.shape[1:]).flatten(1, 2)
-    grads = op(dout, dlse, q, k, v, mask, slopes, sinks, seed, cu_q, cu_k, out, stats, *config, needs)
+    grads = op(dout, dlse, q, k, v, mask, slopes, sinks, seed, cu_q, cu_k, out, residue, stats, *config, needs)
     return tuple(g.unflatten(0, (size, B)) if need else g for g, need in zip(grads, needs)), tuple(
         0 if need else None for need in needs
     )
@@ -501,21 +513,21 @@ def _bwd_vmap(info, in_dims, *args):
 
 
 class AttentionRule(autograd.Rule):
-    """Tensors: those of :func:`definition`. Saved: the same, then out and stats."""
+    """Tensors: those of :func:`definition`. Saved: the same, then out, its residue or None, and stats."""
 
     name = "Attention"
     config = Config
     n_tensors = _N_INPUTS
-    n_saved = _N_INPUTS + 2
+    n_saved = _N_INPUTS + 3
     n_grads = 2  # of out and lse
-    recomputed = (4, *range(6, _N_INPUTS + 2))
+    recomputed = (4, *range(6, _N_INPUTS + 3))
 
     @staticmethod
     def forward(direct, tensors, config):
         if direct:
             return forward_leaf(*tensors, config)
-        out, lse, stats = torch.ops.pyops.attention_fwd(*tensors, *config)
-        return out, lse if config.return_lse else None, stats
+        out, lse, residue, stats = torch.ops.pyops.attention_fwd(*tensors, *config)
+        return out, lse if config.return_lse else None, residue if config.keep_residue else None, stats
 
     @staticmethod
     def outputs(results, config):
@@ -523,8 +535,8 @@ class AttentionRule(autograd.Rule):
 
     @staticmethod
     def saved(tensors, results, config):  # noqa: ARG004
-        out, _, stats = results
-        return *tensors, out, stats
+        out, _, residue, stats = results
+        return *tensors, out, residue, stats
 
     @staticmethod
     def _each(found, needs):
@@ -535,7 +547,7 @@ class AttentionRule(autograd.Rule):
     @classmethod
     def backward(cls, direct, grads, saved, c, needs):
         dout, dlse = grads
-        dout = torch.zeros_like(saved[-2]) if dout is None else dout
+        dout = torch.zeros_like(saved[_N_INPUTS]) if dout is None else dout
         if direct:
             found = backward_leaf(dout, dlse, *saved, c, _wanted(needs))
         else:
@@ -581,6 +593,7 @@ def _cuda_limit(q: Tensor, k: Tensor, v: Tensor) -> str | None:  # noqa: ARG001
 # By name, for explain() too: a reason, or None.
 LIMITS = {"cuda": _cuda_limit}
 NEEDS_ALIGNED_ROWS = {"cuda"}
+KEEPS_RESIDUE = {"cpu"}  # of 16-bit results
 
 
 # ---- validation ----
@@ -749,13 +762,17 @@ def _run(q, k, v, mask, slopes, sinks, cu_q, cu_k, c: Config) -> tuple[Tensor, T
     tensors = (q, k, v, mask, slopes, sinks, seed, cu_q, cu_k)
     if c.backend in ("eager", "torch") or needs_definition():
         return definition(*tensors, c)
+    residue = q.dtype.itemsize == 2 and c.backend in KEEPS_RESIDUE
     if functorch_active():
-        out, lse, _ = _apply_functorch(c, *tensors)
+        out, lse, *_ = _apply_functorch(c._replace(keep_residue=residue), *tensors)
         return out, lse
     direct = is_plain(*tensors)
-    if direct and not (_grad_enabled() and any(t is not None and t.requires_grad for t in (q, k, v, mask, sinks))):
-        out, lse, _ = forward_leaf(*tensors, c)
+    differentiated = _grad_enabled() and any(t is not None and t.requires_grad for t in (q, k, v, mask, sinks))
+    if direct and not differentiated:
+        out, lse, *_ = forward_leaf(*tensors, c)
         return out, lse
+    if residue and differentiated:
+        c = c._replace(keep_residue=True)
     if is_compiling():
         tensors = _distinct(tensors)
     outputs = _apply_plain(direct, c, *tensors)
@@ -916,7 +933,7 @@ def scaled_dot_product_attention(
         sinks = sinks.to(acc).contiguous()
     c = Config(
         None if scale is None else float(scale), options.left, options.right, options.bottom_right, options.softcap,
-        float(dropout_p), 0, 0, return_lse, name,
+        float(dropout_p), 0, 0, return_lse, False, name,
     )  # fmt: skip
     out, lse = _run(q, k, v, mask, alibi_slopes, sinks, None, None, c)
     if swap:
@@ -1027,7 +1044,7 @@ def varlen_attention(
         sinks = sinks.to(acc).contiguous()
     c = Config(
         None if scale is None else float(scale), options.left, options.right, options.bottom_right, options.softcap,
-        float(dropout_p), max_q, max_k, return_lse, name,
+        float(dropout_p), max_q, max_k, return_lse, False, name,
     )  # fmt: skip
     q, k, v = (t.transpose(0, 1).expand(h, -1, -1)[None] for t, h in ((q, H), (k, Hk), (v, Hk)))
     cu_q, cu_k = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()

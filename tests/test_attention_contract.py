@@ -73,23 +73,23 @@ class Flawed:
 
 def lose_a_key(way: str, *args: Any) -> None:
     if way == "bwd":
-        args[14][:, :, -1] = 0  # dk
+        args[15][:, :, -1] = 0  # dk
 
 
 def lose_delta(way: str, *args: Any) -> None:
     if way == "bwd":
-        dout, q, dq = args[0], args[2], args[13]
+        dout, q, dq = args[0], args[2], args[14]
         dq += (dout.float().sum(-1, keepdim=True) * 1e-2 * q.float()).to(dq.dtype)
 
 
 def shift_stats(way: str, *args: Any) -> None:
     if way == "fwd":
-        args[10][1] *= 1.02  # l
+        args[11][1] *= 1.02  # l
 
 
 def flip_dmask(way: str, *args: Any) -> None:
     if way == "bwd":
-        args[16].neg_()
+        args[17].neg_()
 
 
 def nothing(*_args: Any) -> None:

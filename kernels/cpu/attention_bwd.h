@@ -292,7 +292,7 @@ void backward_block(const AttentionBwdParams<T>& p, const Sequence& seq, int64_t
   }
 }
 
-// delta_i = dout_i . out_i - dlse_i of the rows of a unit.
+// delta_i = dout_i . (out_i + residue_i) - dlse_i of the rows of a unit.
 template <typename T>
 void store_delta(const AttentionBwdParams<T>& p, const Sequence& seq, int64_t hk, acc_t<T>* delta) {
   using A = acc_t<T>;
@@ -301,11 +301,16 @@ void store_delta(const AttentionBwdParams<T>& p, const Sequence& seq, int64_t hk
     for (int64_t i = 0; i < seq.L; ++i) {
       const T* dout = at(p, p.dout, p.dout_stride, seq, seq.q_begin, h, i);
       const T* out = at(p, p.out, p.out_stride, seq, seq.q_begin, h, i);
+      const T* residue = p.residue == nullptr ? nullptr : at(p, p.residue, p.residue_stride, seq, seq.q_begin, h, i);
       Vec<A> sum{};
+      const auto add = [&](int64_t c, auto lanes) PYOPS_ALWAYS_INLINE {
+        Vec<A> value = load(out + c, lanes);
+        if (residue != nullptr) value += load(residue + c, lanes);
+        sum += load(dout + c, lanes) * value;
+      };
       int64_t c = 0;
-      for (; c + L <= p.Dv; c += L) sum += load(dout + c, Full{}) * load(out + c, Full{});
-      const Partial rest{static_cast<int>(p.Dv - c)};
-      if (rest.n > 0) sum += load(dout + c, rest) * load(out + c, rest);
+      for (; c + L <= p.Dv; c += L) add(c, Full{});
+      if (c < p.Dv) add(c, Partial{static_cast<int>(p.Dv - c)});
       const int64_t row = query_row(p, seq, h, i).row;
       delta[row] = reduce_add<A>(sum) - (p.dlse != nullptr ? p.dlse[row] : A(0));
     }

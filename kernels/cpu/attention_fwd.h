@@ -118,7 +118,12 @@ template <typename T, typename A = acc_t<T>>
 PYOPS_INLINE void store_result(const AttentionFwdParams<T>& p, const Sequence& seq, const QueryRow<T>& row,
                                const A* weighted, A max, A sum) {
   const A factor = sum == 0 ? A(0) : (p.seed != nullptr ? p.dropout_scale : A(1)) / sum;
-  store_row(at(p, p.out, p.out_stride, seq, seq.q_begin, row.h, row.i), weighted, p.Dv, factor);
+  T* out = at(p, p.out, p.out_stride, seq, seq.q_begin, row.h, row.i);
+  if (p.residue == nullptr) {
+    store_row(out, weighted, p.Dv, factor);
+  } else {
+    store_row(out, at(p, p.residue, p.residue_stride, seq, seq.q_begin, row.h, row.i), weighted, p.Dv, factor);
+  }
   p.stats[row.row] = max;
   p.stats[stats_rows(p) + row.row] = sum;
 }

@@ -377,6 +377,21 @@ PYOPS_INLINE void store_row(T* to, const acc_t<T>* from, int64_t n, acc_t<T> fac
   if (c < n) store(to + c, load(from + c, Full{}) * factor, Partial{static_cast<int>(n - c)});
 }
 
+// The same, and what rounding took from it.
+template <typename T>
+PYOPS_INLINE void store_row(T* to, T* residue, const acc_t<T>* from, int64_t n, acc_t<T> factor) {
+  constexpr int L = kLanes<acc_t<T>>;
+  const auto store_both = [&](int64_t c, auto lanes) PYOPS_ALWAYS_INLINE {
+    const auto exact = load(from + c, Full{}) * factor;
+    const auto rounded = narrow(exact, T{});
+    store(to + c, exact, lanes);
+    store(residue + c, exact - widen(rounded, T{}), lanes);
+  };
+  int64_t c = 0;
+  for (; c + L <= n; c += L) store_both(c, Full{});
+  if (c < n) store_both(c, Partial{static_cast<int>(n - c)});
+}
+
 // A multiply-and-add takes a nanosecond per kLanes or so: a thread is worth starting for some tens of microseconds.
 constexpr int64_t kProductsPerThread = 1 << 19;
 

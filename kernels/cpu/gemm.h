@@ -62,16 +62,8 @@ constexpr int kPanel = kTileVectors * kLanes<E>;
 template <Into kInto, int kRow, int kStep, int R, int V, typename E, typename A>
 PYOPS_INLINE void multiply_tile(const E* a, const E* b, int steps, A* c, int64_t c_row, const A* scale) {
   constexpr int L = kLanes<A>;
-  Vec<A> sum[R][V];
-#pragma GCC unroll 12
-  for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) {
-      if constexpr (kInto == Into::product) sum[r][v] = Vec<A>{};
-      if constexpr (kInto == Into::add) sum[r][v] = load(c + r * c_row + v * L, Full{});
-      if constexpr (kInto == Into::scaled) sum[r][v] = load(c + r * c_row + v * L, Full{}) * scale[r];
-    }
-  }
+  // C joins at the end: sums of blocks lose fewer digits than one sum over all.
+  Vec<A> sum[R][V] = {};
   for (int k = 0; k < steps; ++k) {
     Vec<E> row[V];
 #pragma GCC unroll 4
@@ -85,19 +77,18 @@ PYOPS_INLINE void multiply_tile(const E* a, const E* b, int steps, A* c, int64_t
     a += kStep;
     b += kPanel<E>;
   }
-  if constexpr (kInto == Into::product) {
-    if (scale != nullptr) {
-#pragma GCC unroll 12
-      for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 4
-        for (int v = 0; v < V; ++v) sum[r][v] *= scale[0];
-      }
-    }
-  }
 #pragma GCC unroll 12
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) store(c + r * c_row + v * L, sum[r][v], Full{});
+    for (int v = 0; v < V; ++v) {
+      A* to = c + r * c_row + v * L;
+      if constexpr (kInto == Into::product) {
+        if (scale != nullptr) sum[r][v] *= scale[0];
+      }
+      if constexpr (kInto == Into::add) sum[r][v] += load(to, Full{});
+      if constexpr (kInto == Into::scaled) sum[r][v] += load(to, Full{}) * scale[r];
+      store(to, sum[r][v], Full{});
+    }
   }
 }
 

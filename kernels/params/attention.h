@@ -20,6 +20,9 @@
 //   dS_ij *= 1 - (capped / softcap)^2       behind the softcap
 //   dv_j = sum_i P'_ij dout_i,  dq_i = scale * sum_j dS_ij k_j,  dk_j = scale * sum_i dS_ij q_i
 //
+// Where one key has almost all of the weight, dP and delta cancel, and dS shows how 16 bits rounded out. With a residue,
+// delta_i = dout_i . (out_i + residue_i) - dlse_i; on the CPU only.
+//
 // Rows. Query i of head h of sequence b has the row (b H + h) L + i. With cu_q and cu_k (packed sequences, then batch
 // strides are ignored): L and S count all sequences together, sequence b holds queries cu_q[b] .. cu_q[b + 1] and keys
 // cu_k[b] .. cu_k[b + 1] of the tensors, and query i of it has the row h L + cu_q[b] + i. i, j, and the mask's last two
@@ -71,8 +74,9 @@ struct AttentionParams {
 
 template <typename T>
 struct AttentionFwdParams : AttentionParams<T> {
-  T* out;  // [B, H, L, Dv]
-  AttentionStrides out_stride;
+  T* out;      // [B, H, L, Dv]
+  T* residue;  // what rounding took from out, or null
+  AttentionStrides out_stride, residue_stride;
   acc_t<T>* stats;      // [2, rows]: m2, then l
   acc_t<T>* workspace;  // attention_fwd_workspace() elements, GPU only
 };
@@ -81,9 +85,10 @@ template <typename T>
 struct AttentionBwdParams : AttentionParams<T> {
   const T* dout;          // [B, H, L, Dv]
   const T* out;           // [B, H, L, Dv]
+  const T* residue;       // or null
   const acc_t<T>* stats;  // [2, rows]
   const acc_t<T>* dlse;   // [rows] or null
-  AttentionStrides dout_stride, out_stride;
+  AttentionStrides dout_stride, out_stride, residue_stride;
   T* dq;  // like q, or null
   T* dk;  // like k, or null
   T* dv;  // like v, or null

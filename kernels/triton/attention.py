@@ -1099,7 +1099,7 @@ def attention_fwd_workspace(q, k, v, mask, cu_q, max_q, max_k):  # noqa: ARG001
 
 
 def attention_fwd(
-    q, k, v, mask, slopes, sinks, seed, cu_q, cu_k, out, stats, workspace,  # noqa: ARG001
+    q, k, v, mask, slopes, sinks, seed, cu_q, cu_k, out, residue, stats, workspace,  # noqa: ARG001
     scale, left, right, bottom_right, softcap, p, max_q, max_k,
     num_threads=None,  # noqa: ARG001
 ):  # fmt: skip
@@ -1153,7 +1153,8 @@ def attention_bwd_workspace(q, k, v, mask, cu_q, max_q, max_k, need_dmask):  # n
 
 
 def attention_bwd(
-    dout, dlse, q, k, v, mask, slopes, sinks, seed, cu_q, cu_k, out, stats, dq, dk, dv, dmask, workspace,  # noqa: ARG001
+    dout, dlse, q, k, v, mask, slopes, sinks, seed, cu_q, cu_k, out, residue, stats,  # noqa: ARG001
+    dq, dk, dv, dmask, workspace,
     scale, left, right, bottom_right, softcap, p, max_q, max_k,
     num_threads=None,  # noqa: ARG001
 ):  # fmt: skip

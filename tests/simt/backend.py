@@ -27,10 +27,10 @@ ARGUMENTS = {
     ),
     "attention_fwd": (
         *("q", "k", "v", "mask", "slopes", "sinks", "seed", "cu_q", "cu_k"),
-        *("out", "stats", "workspace"),
+        *("out", "residue", "stats", "workspace"),
     ),
     "attention_bwd": (
-        *("dout", "dlse", "q", "k", "v", "mask", "slopes", "sinks", "seed", "cu_q", "cu_k", "out", "stats"),
+        *("dout", "dlse", "q", "k", "v", "mask", "slopes", "sinks", "seed", "cu_q", "cu_k", "out", "residue", "stats"),
         *("dq", "dk", "dv", "dmask", "workspace"),
     ),
 }
