@@ -7,7 +7,6 @@ Short, Test Long" (2021); sliding windows: Beltagy, Peters, Cohan, "Longformer" 
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import math
 import numbers
@@ -28,6 +27,7 @@ from .backend import (
     leaf,
     needs_definition,
     when_imported,
+    without_autocast,
 )
 from .philox import draw_seed, drop_scale, keep_mask
 
@@ -65,13 +65,6 @@ def _scale(q: Tensor, c: Config) -> float:
 
 
 # ---- the definition ----
-
-
-def _without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
-    """The arithmetic of the definition has one type, whatever autocast would make of its products."""
-    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return contextlib.nullcontext()
 
 
 def _repeat_heads(t: Tensor, H: int) -> Tensor:
@@ -132,7 +125,7 @@ def definition(
     q [B, H, L, D], k [B, Hk, S, D], v [B, Hk, S, Dv], mask [B, H, L, S] with 1 in any place, slopes [B, H], sinks [H];
     with cu_q and cu_k B sequences packed as [1, H, T, D]. Arithmetic in float32 (float64 for float64).
     """
-    with _without_autocast(q.device):
+    with without_autocast(q.device):
         acc, dtype, scale = _acc(q.dtype), q.dtype, _scale(q, c)
         H, rows = q.shape[1], q.shape[2]
         queries = keys = None
@@ -397,8 +390,8 @@ _N_INPUTS = 9
 _library = torch.library.Library("pyops", "FRAGMENT")
 _library.define(f"attention_fwd({_INPUTS}, {_CONFIG}) -> (Tensor out, Tensor lse, Tensor residue, Tensor stats)")
 _library.define(
-    f"attention_bwd(Tensor dout, Tensor? dlse, {_INPUTS}, Tensor out, Tensor? residue, Tensor stats, {_CONFIG}, bool[5] needs) "
-    "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dmask, Tensor dsinks)"
+    f"attention_bwd(Tensor dout, Tensor? dlse, {_INPUTS}, Tensor out, Tensor? residue, Tensor stats, {_CONFIG}, "
+    "bool[5] needs) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dmask, Tensor dsinks)"
 )
 
 
@@ -564,7 +557,7 @@ class AttentionRule(autograd.Rule):
                 tensors[i] = t
             return tuple(r for r, g in zip(definition(*tensors, c), grads) if g is not None)
 
-        with _without_autocast(tensors[0].device):
+        with without_autocast(tensors[0].device):
             _, vjp = torch.func.vjp(results, *(tensors[i] for i in at))
             found = dict(zip(at, vjp(tuple(g for g in grads if g is not None))))
         return tuple(found.get(i) for i in range(_N_INPUTS))

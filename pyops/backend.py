@@ -319,6 +319,13 @@ def autocast_to_float(x: torch.Tensor, keep_dtype: bool) -> bool:
     return torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type)
 
 
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
+    """For arithmetic that has one type, whatever autocast would make of its products."""
+    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()
+
+
 def is_quiet() -> bool:
     """Nothing is watching: no compiler, tracer, dispatch mode, functorch transform or forward AD."""
     return not (

@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import _without_autocast, scaled_dot_product_attention, varlen_attention
+from .attention import scaled_dot_product_attention, varlen_attention
+from .backend import without_autocast
 from .layer_norm import LayerNorm, add_layer_norm
 
 _has_global_hooks = nn.modules.module._has_any_global_hook
@@ -116,7 +117,7 @@ def _merged(padding: Tensor | None, mask: Tensor | None) -> Tensor | None:
 def _attention_weights(q: Tensor, k: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
     """The probabilities of scaled_dot_product_attention, in float32 (float64); 0 in a row without a visible key."""
     acc = torch.float64 if q.dtype == torch.float64 else torch.float32
-    with _without_autocast(q.device):
+    with without_autocast(q.device):
         s = torch.matmul(q.to(acc) / math.sqrt(q.shape[-1]), k.to(acc).transpose(-2, -1))
     hidden = None
     if mask is not None and mask.dtype == torch.bool:
