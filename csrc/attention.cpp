@@ -117,7 +117,7 @@ Params filled(const TensorView& q, const TensorView& k, const TensorView& v, con
               const TensorView& slopes, const TensorView& sinks, const TensorView& seed, const TensorView& cu_q,
               const TensorView& cu_k, const Sizes& s, const Options& o, const char* op) {
   using A = acc_t<T>;
-  require(bool(seed) == (o.p > 0) && o.p <= 1, op, "dropout needs a seed, and p within [0, 1]");
+  require(bool(seed) == (o.p > 0) && o.p < 1, op, "dropout needs a seed, and p within [0, 1)");
   require(bool(cu_q) == bool(cu_k), op, "cu_q and cu_k must stand together");
   Params params = sized<Params, T>(s, mask, cu_q, op);
   params.q = strided<const T>(q, q, s.D, params.q_stride, op, "q must have a dense last dimension");
@@ -141,7 +141,7 @@ Params filled(const TensorView& q, const TensorView& k, const TensorView& v, con
   params.left = o.left;
   params.right = o.right;
   params.bottom_right = o.bottom_right;
-  params.dropout_scale = static_cast<A>(o.p < 1 ? 1 / (1 - o.p) : 0.0);
+  params.dropout_scale = static_cast<A>(1 / (1 - o.p));
   params.drop_threshold = static_cast<uint32_t>(std::ceil(o.p * 16777216.0));
   params.num_threads = o.num_threads;
   return params;

@@ -627,8 +627,8 @@ def _check_options(
 ) -> _Options:
     """Raises unless the options that are no tensors have a meaning together."""
     _check_number(op, "dropout_p", dropout_p)
-    if not 0.0 <= dropout_p <= 1.0:
-        _fail(op, "dropout_p", "lie in [0, 1]", dropout_p)
+    if not 0.0 <= dropout_p < 1.0:
+        _fail(op, "dropout_p", "lie in [0, 1)", dropout_p)
     if scale is not None:
         _check_number(op, "scale", scale)
         if not -math.inf < scale < math.inf:
@@ -850,8 +850,8 @@ def scaled_dot_product_attention(
         ValueError, TypeError: ``scaled_dot_product_attention: <argument> must <rule>, got <value>``, before any work.
 
     Differs from torch.nn.functional.scaled_dot_product_attention: the keyword options; attn_mask beside is_causal; no
-    integer or empty head size; dropout uses Philox counters and one seed from torch's generator, so it drops other
-    elements than torch with the same seed, but the same ones on every backend.
+    integer or empty head size; no dropout_p of 1; dropout uses Philox counters and one seed from torch's generator, so
+    it drops other elements than torch with the same seed, but the same ones on every backend.
 
     Backends: eager, cpu, cuda (bfloat16 and float16, E and Ev multiples of 8 up to 256), triton.
     """

@@ -135,6 +135,11 @@ def _attention_weights(q: Tensor, k: Tensor, mask: Tensor | None, is_causal: boo
     return torch.softmax(s.masked_fill(hidden & ~empty, -math.inf), -1).masked_fill(empty, 0.0)
 
 
+def _undropped(v: Tensor, p: float) -> tuple[Tensor, float]:
+    """Modules take p = 1, the functions do not: then nothing is left of the values."""
+    return (v * 0.0, 0.0) if p == 1.0 else (v, p)
+
+
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p: float, is_causal: bool, weights: bool, backend: str | None
 ) -> tuple[Tensor, Tensor | None]:
@@ -143,6 +148,7 @@ def _attend(
         # They are what is multiplied. The fused function's dropout, repeated in torch operators, would take longer.
         dropped = F.dropout(_attention_weights(q, k, mask, is_causal), p)
         return torch.matmul(dropped.to(v.dtype), v), dropped
+    v, p = _undropped(v, p)
     out = scaled_dot_product_attention(q, k, v, mask, p, is_causal, backend=backend)
     return out, _attention_weights(q, k, mask, is_causal) if weights else None
 
@@ -157,7 +163,9 @@ def _attend_rows(
         cu_q, cu_k = (
             torch.tensor([0, *itertools.accumulate(those)], dtype=torch.int32).to(qkv[0].device) for those in lengths
         )
-        return varlen_attention(*qkv, cu_q, cu_k, L, S, dropout_p=p, backend=backend), None
+        q, k, v = qkv
+        v, p = _undropped(v, p)
+        return varlen_attention(q, k, v, cu_q, cu_k, L, S, dropout_p=p, backend=backend), None
     outs, padded = [], []
     for one in zip(*(t.split(those) for t, those in zip(qkv, (*lengths, lengths[1])))):
         out, w = _attend(*(t.transpose(0, 1)[None] for t in one), None, p, False, True, backend)

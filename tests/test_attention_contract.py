@@ -132,6 +132,7 @@ def ints(*values: int) -> Tensor:
 # Of both functions: argument, what is wrong, value, error, other arguments.
 OPTIONS: list[tuple[str, str, Any, type[Exception], dict[str, Any]]] = [
     ("dropout_p", "negative", -0.1, ValueError, {}),
+    ("dropout_p", "1", 1.0, ValueError, {}),
     ("dropout_p", "above 1", 1.5, ValueError, {}),
     ("dropout_p", "nan", math.nan, ValueError, {}),
     ("dropout_p", "text", "half", TypeError, {}),

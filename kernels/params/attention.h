@@ -67,7 +67,7 @@ struct AttentionParams {
   acc_t<T> softcap;     // 0: none
   int64_t left, right;  // of the window; negative: unlimited. Causal is right == 0
   bool bottom_right;
-  acc_t<T> dropout_scale;   // 1 / (1 - p); 0 when p is 1
+  acc_t<T> dropout_scale;   // 1 / (1 - p)
   uint32_t drop_threshold;  // ceil(p * 2^24)
   int num_threads;          // CPU only
 };
