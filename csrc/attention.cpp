@@ -239,8 +239,8 @@ acc_t<T>* checked_workspace(const Params& params, const TensorView& workspace, c
 void attention_fwd(const TensorView& q, const TensorView& k, const TensorView& v, const TensorView& mask,
                    const TensorView& slopes, const TensorView& sinks, const TensorView& seed, const TensorView& cu_q,
                    const TensorView& cu_k, const TensorView& out, const TensorView& residue, const TensorView& stats,
-                   const TensorView& workspace, double scale, int64_t left, int64_t right, bool bottom_right, double softcap, double p,
-                   int64_t max_q, int64_t max_k, int num_threads) {
+                   const TensorView& workspace, double scale, int64_t left, int64_t right, bool bottom_right,
+                   double softcap, double p, int64_t max_q, int64_t max_k, int num_threads) {
   const Sizes s = sizes(q, k, v, cu_q, max_q, max_k, kFwd);
   const Options o{scale, left, right, bottom_right, softcap, p, num_threads};
   require(out && stats, kFwd, "an output is missing");
@@ -259,9 +259,10 @@ void attention_fwd(const TensorView& q, const TensorView& k, const TensorView& v
 void attention_bwd(const TensorView& dout, const TensorView& dlse, const TensorView& q, const TensorView& k,
                    const TensorView& v, const TensorView& mask, const TensorView& slopes, const TensorView& sinks,
                    const TensorView& seed, const TensorView& cu_q, const TensorView& cu_k, const TensorView& out,
-                   const TensorView& residue, const TensorView& stats, const TensorView& dq, const TensorView& dk, const TensorView& dv,
-                   const TensorView& dmask, const TensorView& workspace, double scale, int64_t left, int64_t right,
-                   bool bottom_right, double softcap, double p, int64_t max_q, int64_t max_k, int num_threads) {
+                   const TensorView& residue, const TensorView& stats, const TensorView& dq, const TensorView& dk,
+                   const TensorView& dv, const TensorView& dmask, const TensorView& workspace, double scale,
+                   int64_t left, int64_t right, bool bottom_right, double softcap, double p, int64_t max_q,
+                   int64_t max_k, int num_threads) {
   const Sizes s = sizes(q, k, v, cu_q, max_q, max_k, kBwd);
   const Options o{scale, left, right, bottom_right, softcap, p, num_threads};
   require(dout && out && stats, kBwd, "an input is missing");

@@ -759,6 +759,7 @@ def test_any_call(data: st.DataObject) -> None:
 
 
 @pytest.mark.full
+@pytest.mark.parametrize("backend", TARGETS, ids=str)
 @settings(derandomize=True, max_examples=60, deadline=None)
 @given(data=st.data())
 def test_any_call_on_other_kernels(backend: Target, data: st.DataObject) -> None:

@@ -160,20 +160,40 @@ PYOPS_INLINE void differentiate_strip(const AttentionBwdParams<T>& p, const Sequ
     const A total = p.stats[stats_rows(p) + rows[r].row];
     A m = p.stats[rows[r].row];
     if (total == 0) m = 0;  // a row that sees nothing: all its scores are -inf
-    const A inverse = total == 0 ? A(0) : A(1) / total, correction = delta[rows[r].row];
+    const A inverse = total == 0 ? A(0) : A(1) / total;
     if constexpr (kDrop) {
       dropout_row(keep + view.lo, p.seed, rows[r].row, view.hi - view.lo, p.drop_threshold, j0 + view.lo);
     }
-    for (int c = view.lo; c < view.hi; c += L) {
-      const Vec<A> weight = exp2<A, kPrecision<T>>(load(s + c, Full{}) - m) * inverse;
-      Vec<A> dweight = load(d + c, Full{}), dropped = weight;
-      if constexpr (kDrop) {
-        auto kept = load_mask(keep + c, A{});
-        dweight = bit_cast<Vec<A>>(bit_cast<decltype(kept)>(dweight * p.dropout_scale) & kept);
-        dropped = bit_cast<Vec<A>>(bit_cast<decltype(kept)>(weight * p.dropout_scale) & kept);
+    const auto weight_of = [&](int c) PYOPS_ALWAYS_INLINE {
+      return exp2<A, kPrecision<T>>(load(s + c, Full{}) - m) * inverse;
+    };
+    const auto drop = [&](int c, Vec<A> v) PYOPS_ALWAYS_INLINE {
+      if constexpr (!kDrop) return v;
+      auto kept = load_mask(keep + c, A{});
+      return bit_cast<Vec<A>>(bit_cast<decltype(kept)>(v * p.dropout_scale) & kept);
+    };
+    if (rows[r].lo >= j0 && rows[r].hi <= j0 + width) {
+      // All that the row sees lies here: delta = sum_j P_ij dP_ij, whose rounding cancels that of dP_ij.
+      Vec<A> sum{};
+      for (int c = view.lo; c < view.hi; c += L) {
+        const Vec<A> weight = weight_of(c), dweight = drop(c, load(d + c, Full{}));
+        sum += weight * dweight;
+        store(s + c, weight, Full{});
+        store(d + c, dweight, Full{});
       }
-      store(s + c, dropped, Full{});
-      store(d + c, weight * (dweight - correction), Full{});
+      const A correction = reduce_add<A>(sum) - (p.dlse != nullptr ? p.dlse[rows[r].row] : A(0));
+      for (int c = view.lo; c < view.hi; c += L) {
+        const Vec<A> weight = load(s + c, Full{});
+        store(s + c, drop(c, weight), Full{});
+        store(d + c, weight * (load(d + c, Full{}) - correction), Full{});
+      }
+    } else {
+      const A correction = delta[rows[r].row];
+      for (int c = view.lo; c < view.hi; c += L) {
+        const Vec<A> weight = weight_of(c);
+        store(s + c, drop(c, weight), Full{});
+        store(d + c, weight * (drop(c, load(d + c, Full{})) - correction), Full{});
+      }
     }
     if (p.dmask != nullptr && view.from[r] < view.to[r]) {
       A* sum = p.dmask + seq.b * p.dmask_stride[0] + rows[r].h * p.dmask_stride[1] + rows[r].i * p.dmask_stride[2] + j0;

@@ -108,7 +108,7 @@ PYOPS_INLINE void softmax(const AttentionParams<T>& p, const QueryRow<T>* rows, 
 // Where a row begins: nothing seen but the sink.
 template <typename T, typename A = acc_t<T>>
 PYOPS_INLINE void begin_row(const AttentionParams<T>& p, int64_t h, A& max, A* sum) {
-  max = p.sinks != nullptr ? bias_in_base_2<A>(splat(p.sinks[h]))[0] : -kInfinity<A>;
+  max = p.sinks != nullptr ? add_bias<A>(Vec<A>{}, splat(p.sinks[h]))[0] : -kInfinity<A>;
   Vec<A> one{};
   one[0] = max == -kInfinity<A> ? A(0) : A(1);
   store(sum, one, Full{});

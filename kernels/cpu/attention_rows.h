@@ -39,27 +39,20 @@ template <typename T>
 constexpr Precision kPrecision = sizeof(T) == 2 ? Precision::half : Precision::full;
 
 template <typename A>
-struct Limits;
-template <>
-struct Limits<float> {
-  static constexpr float largest = 3.402823466e+38f;
-};
-template <>
-struct Limits<double> {
-  static constexpr double largest = 1.7976931348623157e+308;
-};
-template <typename A>
 constexpr A kInfinity = A(__builtin_inf());
 template <typename A>
 constexpr A kLog2E = A(1.44269504088896340736);
+// Of a bias: in base 2 the largest finite number, negative, and 2^100.
 template <typename A>
-constexpr A kLargestBias = A(1267650600228229401496703205376.0);  // 2^100
+constexpr A kLowestBias = sizeof(A) == 8 ? A(-1.2460659279417836e308) : A(-2.3586574359122396e38);
+template <typename A>
+constexpr A kHighestBias = A(8.786684394833195e29);
 
-// A bias in base 2, held within [-largest, 2^100]; -inf stays.
+// A score in base 2 and a bias, which is held within these limits; -inf stays.
 template <typename A>
-PYOPS_INLINE Vec<A> bias_in_base_2(Vec<A> bias) {
-  const Vec<A> t = minimum(splat(kLargestBias<A>), maximum(splat(-Limits<A>::largest), bias * kLog2E<A>));
-  return bias == -kInfinity<A> ? bias : t;
+PYOPS_INLINE Vec<A> add_bias(Vec<A> score, Vec<A> bias) {
+  const Vec<A> held = minimum(splat(kHighestBias<A>), maximum(splat(kLowestBias<A>), bias));
+  return bias == -kInfinity<A> ? bias : score + held * kLog2E<A>;
 }
 
 // One sequence of the batch.
@@ -317,9 +310,9 @@ PYOPS_INLINE void finish_scores(const AttentionParams<T>& p, const Sequence& seq
       if (boolean) {
         v = load_visible<A>(row.mask, j0 + c, width - c) ? v : splat(-kInfinity<A>);
       } else if (whole_row) {
-        v += bias_in_base_2<A>(splat(load_bias<T>(row.mask, p.mask_kind, 0, 1)[0]));
+        v = add_bias<A>(v, splat(load_bias<T>(row.mask, p.mask_kind, 0, 1)[0]));
       } else {
-        v += bias_in_base_2<A>(load_bias<T>(row.mask, p.mask_kind, j0 + c, width - c));
+        v = add_bias<A>(v, load_bias<T>(row.mask, p.mask_kind, j0 + c, width - c));
       }
       store(s + c, v, Full{});
     }

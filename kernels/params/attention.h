@@ -20,8 +20,8 @@
 //   dS_ij *= 1 - (capped / softcap)^2       behind the softcap
 //   dv_j = sum_i P'_ij dout_i,  dq_i = scale * sum_j dS_ij k_j,  dk_j = scale * sum_i dS_ij q_i
 //
-// Where one key has almost all of the weight, dP and delta cancel, and dS shows how 16 bits rounded out. With a residue,
-// delta_i = dout_i . (out_i + residue_i) - dlse_i; on the CPU only.
+// Where one key has almost all of the weight, dP and delta cancel, and dS shows how 16 bits rounded out. With a
+// residue, delta_i = dout_i . (out_i + residue_i) - dlse_i; on the CPU only.
 //
 // Rows. Query i of head h of sequence b has the row (b H + h) L + i. With cu_q and cu_k (packed sequences, then batch
 // strides are ignored): L and S count all sequences together, sequence b holds queries cu_q[b] .. cu_q[b + 1] and keys
