@@ -74,21 +74,21 @@ struct AttentionParams {
 
 template <typename T>
 struct AttentionFwdParams : AttentionParams<T> {
-  T* out;      // [B, H, L, Dv]
-  T* residue;  // what rounding took from out, or null
-  AttentionStrides out_stride, residue_stride;
-  acc_t<T>* stats;      // [2, rows]: m2, then l
-  acc_t<T>* workspace;  // attention_fwd_workspace() elements, GPU only
+  T* out;  // [B, H, L, Dv]
+  AttentionStrides out_stride;
+  acc_t<T>* stats;       // [2, rows]: m2, then l
+  acc_t<T>* workspace;   // attention_fwd_workspace() elements, GPU only
+  T* residue = nullptr;  // like out: what rounding took from it; CPU only
+  AttentionStrides residue_stride = {};
 };
 
 template <typename T>
 struct AttentionBwdParams : AttentionParams<T> {
   const T* dout;          // [B, H, L, Dv]
   const T* out;           // [B, H, L, Dv]
-  const T* residue;       // or null
   const acc_t<T>* stats;  // [2, rows]
   const acc_t<T>* dlse;   // [rows] or null
-  AttentionStrides dout_stride, out_stride, residue_stride;
+  AttentionStrides dout_stride, out_stride;
   T* dq;  // like q, or null
   T* dk;  // like k, or null
   T* dv;  // like v, or null
@@ -97,6 +97,8 @@ struct AttentionBwdParams : AttentionParams<T> {
                             // whose mask_stride[3] is 1; all of it is written
   int64_t dmask_stride[3];  // of the first three dimensions, 0 where the mask is broadcast; the last one is dense
   acc_t<T>* workspace;      // attention_bwd_workspace() elements, GPU only
+  const T* residue = nullptr;
+  AttentionStrides residue_stride = {};
 };
 
 }  // namespace pyops
