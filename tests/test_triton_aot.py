@@ -7,6 +7,7 @@ runs itself as a program in a process of its own; the tests read the JSON that i
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
@@ -15,23 +16,42 @@ import sys
 import tempfile
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 
 CAPABILITIES = (80, 90, 100, 120)
-SHARED_LIMIT = 99 * 1024  # bytes that every architecture from 8.0 on gives a program
+SHARED_LIMIT = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}  # of a program; 80 is every 8.x
 F64, F32, F16, BF16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
 DTYPES = ((F64, F64), (F32, F32), (F16, F16), (BF16, BF16), (F16, F32), (BF16, F32))  # of x and of weight
+LAYER_NORM_KERNELS = {"_layer_norm_fwd_kernel", "_layer_norm_bwd_kernel", "_layer_norm_bwd_reduce_kernel"}
+ATTENTION_KERNELS = {"_attention_fwd_kernel"} | {
+    f"_attention_bwd_{part}_kernel" for part in ("delta", "dkdv", "dq", "dmask", "dmask_reduce")
+}
+SUMS = ("reduce", "delta", "dmask")  # kernels that store sums, an element or a few for each thread
 WIDE_LOAD = re.compile(r"ld\.global\S*\.(v4\.[bf]32|v2\.[bf]64)|cp\.async\.cg\.shared\.global[^;]*, 0x10")
 WIDE_STORE = re.compile(r"st\.global\S*\.(v4\.[bf]32|v2\.[bf]64)")
 
 
-@dataclass(frozen=True)
 class Case:
     """A forward and a backward call."""
 
+    module: str
+    wide: bool  # whether all addresses are multiples of 16 bytes
+    spill: int = 0  # bytes of stack that are known and borne
+
+    def __str__(self) -> str:
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return ", ".join(f"{name}={value}" for name, value in values.items() if value)
+
+    def run(self, module: Any) -> None:
+        """Calls the launchers, on tensors that are large enough for full tiles."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class LayerNorm(Case):
     C: int = 1024
     P: int = 1
     dtype: torch.dtype = BF16
@@ -40,18 +60,13 @@ class Case:
     residual: bool = False
     dropout: bool = False
     from_output: bool = False
-
-    def __str__(self) -> str:
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return ", ".join(f"{name}={value}" for name, value in values.items() if value is not False)
+    module: ClassVar[str] = "layer_norm"
 
     @property
     def wide(self) -> bool:
-        """Whether all addresses are multiples of 16 bytes."""
         return self.C % 16 == 0 and (self.P == 1 or self.P % 16 == 0)
 
     def run(self, layer_norm: Any) -> None:
-        """Calls the launchers, on tensors that are large enough for full tiles."""
         C, P = self.C, self.P
         R = 2 * P if P > 1 else max(4096 // C, 16)
 
@@ -74,34 +89,114 @@ class Case:
         )  # fmt: skip
 
 
-DTYPE_CASES = [Case(dtype=T, param_dtype=W, residual=True, dropout=True) for T, W in DTYPES]
-PATH_CASES = [Case(), Case(C=40000), Case(C=96, P=3136), Case(C=1000, rms=True, from_output=True)]
+@dataclass(frozen=True)
+class Attention(Case):
+    """Causal, 2 sequences of 512 queries and keys, 4 heads."""
+
+    dtype: torch.dtype = BF16
+    D: int = 64
+    mask: torch.dtype | None = None
+    dmask: bool = False
+    dropout: bool = False
+    softcap: float = 0.0
+    slopes: bool = False  # and sinks
+    window: bool = False
+    packed: bool = False
+    grouped: bool = False
+    spill: int = 0
+    module: ClassVar[str] = "attention"
+
+    @property
+    def wide(self) -> bool:
+        return self.D * self.dtype.itemsize % 16 == 0
+
+    def run(self, attention: Any) -> None:
+        B, H, L = 2, 4, 512
+        acc = F64 if self.dtype == F64 else F32
+
+        def rows(H: int) -> torch.Tensor:
+            shape = (1, B * L, H, self.D) if self.packed else (B, L, H, self.D)
+            return torch.empty(shape, dtype=self.dtype).transpose(1, 2)
+
+        q, out, dq = rows(H), rows(H), rows(H)
+        k, v, dk, dv = (rows(1 if self.grouped else H) for _ in range(4))
+        stats = torch.empty((2, *q.shape[:3]), dtype=acc)
+        mask = torch.empty(1, 1, L, L, dtype=self.mask).expand(B, H, L, L) if self.mask else None
+        slopes = torch.empty(B, H, dtype=acc) if self.slopes else None
+        sinks = torch.empty(H, dtype=acc) if self.slopes else None
+        seed = torch.zeros(2, dtype=torch.int64) if self.dropout else None
+        cu = torch.zeros(B + 1, dtype=torch.int32) if self.packed else None
+        scalars = (0.1, 128 if self.window else -1, 0, False, self.softcap, 0.1, L, L)
+        workspace = stats.new_empty(attention.attention_fwd_workspace(q, k, v, mask, cu, L, L))
+        attention.attention_fwd(q, k, v, mask, slopes, sinks, seed, cu, cu, out, None, stats, workspace, *scalars)
+        workspace = stats.new_empty(attention.attention_bwd_workspace(q, k, v, mask, cu, L, L, self.dmask))
+        dmask = torch.empty(1, 1, L, L, dtype=acc) if self.dmask else None
+        attention.attention_bwd(
+            out,
+            None,
+            q,
+            k,
+            v,
+            mask,
+            slopes,
+            sinks,
+            seed,
+            cu,
+            cu,
+            out,
+            None,
+            stats,
+            dq,
+            dk,
+            dv,
+            dmask,
+            workspace,
+            *scalars,
+        )
+
+
+DTYPE_CASES = [LayerNorm(dtype=T, param_dtype=W, residual=True, dropout=True) for T, W in DTYPES]
+PATH_CASES = [LayerNorm(), LayerNorm(C=40000), LayerNorm(C=96, P=3136), LayerNorm(C=1000, rms=True, from_output=True)]
 ALL_CASES = [
-    Case(C=C, dtype=T, param_dtype=W, **features)
+    LayerNorm(C=C, dtype=T, param_dtype=W, **features)
     for C in (16384, 8192, 8191, 4095, 64, 3)
     for T, W in ((F64, F64), (F32, F32), (BF16, F32))
-    for features in (
-        {},
-        {"rms": True},
-        {"residual": True},
-        {"residual": True, "dropout": True},
-        {"from_output": True},
-        {"rms": True, "from_output": True},
-    )
+    for features in ({}, {"residual": True}, {"residual": True, "dropout": True}, {"from_output": True})
 ]
 ALL_CASES += [
-    Case(C=C, P=P, dtype=T, param_dtype=W, from_output=from_output)
+    LayerNorm(C=C, P=P, dtype=T, param_dtype=W, from_output=from_output)
     for C in (96, 384, 2048)
     for P in (196, 3136)
-    for T, W in ((F64, F64), (F32, F32), (BF16, BF16), (BF16, F32))
+    for T, W in ((F64, F64), (F32, F32), (BF16, F32))
     for from_output in (False, True)
+]
+# Every row of the tables in kernels/triton/attention.py up to 128, and the features that weigh most.
+ATTENTION_CASES = [Attention(mask=BF16, dmask=True, dropout=True)]
+ALL_ATTENTION_CASES = [
+    Attention(),
+    Attention(dtype=F16, D=128, packed=True, grouped=True),
+    Attention(dtype=F16, mask=F16, dmask=True, dropout=True),
+    Attention(D=128, mask=BF16, dmask=True, dropout=True),
+    Attention(dtype=F32, D=128),
+    Attention(dtype=F32, mask=F32, dmask=True, dropout=True),
+    Attention(dtype=F32, D=128, softcap=30.0, slopes=True),
+    Attention(dtype=F64, mask=F64, dmask=True, dropout=True),
+    Attention(dtype=F64, D=128),
+]
+# Head sizes above 128, an fp32 mask on 16-bit rows, and everything at once: a few registers lie in the stack.
+EVERYTHING = {"dmask": True, "dropout": True, "softcap": 30.0, "slopes": True, "window": True, "packed": True}
+CROWDED_ATTENTION_CASES = [
+    Attention(mask=BF16, spill=64, **EVERYTHING),
+    Attention(mask=F32, dmask=True, dropout=True, spill=64),
+    Attention(D=256, mask=BF16, dropout=True, spill=64),
+    Attention(D=512, spill=64),
+    Attention(dtype=F32, D=300, mask=F32, dmask=True, dropout=True, spill=64),
 ]
 
 
 def compile_cases(capability: int, cases: list[Case]) -> list[dict[str, Any]]:
     """What became of every kernel that the cases launch."""
     import triton
-    from pyops._triton import layer_norm
     from triton.backends.compiler import GPUTarget
     from triton.runtime.jit import JITFunction
 
@@ -116,7 +211,10 @@ def compile_cases(capability: int, cases: list[Case]) -> list[dict[str, Any]]:
             return 0
 
     triton.runtime.driver.set_active(Driver())
-    layer_norm._multiprocessors = lambda _: 132
+    modules = {name: importlib.import_module(f"pyops._triton.{name}") for name in ("layer_norm", "attention")}
+    for module in modules.values():
+        module._multiprocessors = lambda _: 132
+    modules["attention"]._roomy = lambda _: capability in (90, 100)
     cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     found: dict[str, dict[str, Any]] = {}
     run = JITFunction.run
@@ -139,6 +237,8 @@ def compile_cases(capability: int, cases: list[Case]) -> list[dict[str, Any]]:
             "stack": int(stack) + int(local),
             "shared": kernel.metadata.shared,
             "fp_fusion_set": "enable_fp_fusion" in options,
+            "shared_limit": SHARED_LIMIT[capability],
+            "spill": case.spill,
             "wide": case.wide,
             "wide_loads": len(WIDE_LOAD.findall(kernel.asm["ptx"])),
             "wide_stores": len(WIDE_STORE.findall(kernel.asm["ptx"])),
@@ -146,7 +246,7 @@ def compile_cases(capability: int, cases: list[Case]) -> list[dict[str, Any]]:
 
     JITFunction.run = compile_only
     for case in cases:
-        case.run(layer_norm)
+        case.run(modules[case.module])
     return list(found.values())
 
 
@@ -166,17 +266,17 @@ def spills(kernel: dict[str, Any]) -> bool:
     multiprocessor. That is its choice, not a shortage.
     """
     limit = min(255, 65536 // (32 * kernel["warps"]))
-    return kernel["stack"] > (8 if kernel["registers"] < limit else 0)
+    return kernel["stack"] > max(kernel["spill"], 8 if kernel["registers"] < limit else 0)
 
 
-def check(kernels: list[dict[str, Any]]) -> None:
-    names = {"_layer_norm_fwd_kernel", "_layer_norm_bwd_kernel", "_layer_norm_bwd_reduce_kernel"}
+def check(kernels: list[dict[str, Any]], names: set[str]) -> None:
     assert {k["kernel"] for k in kernels} == names
     assert [k for k in kernels if spills(k)] == []
-    assert [k for k in kernels if k["shared"] > SHARED_LIMIT] == []
+    assert [k for k in kernels if k["shared"] > k["shared_limit"]] == []
     assert [k for k in kernels if not k["fp_fusion_set"]] == []
-    assert [k for k in kernels if k["wide"] and not k["wide_loads"]] == []
-    assert [k for k in kernels if k["wide"] and not k["wide_stores"] and "reduce" not in k["kernel"]] == []
+    wide = [k for k in kernels if k["wide"]]
+    assert [k for k in wide if not k["wide_loads"] and "dmask_reduce" not in k["kernel"]] == []
+    assert [k for k in wide if not k["wide_stores"] and not any(part in k["kernel"] for part in SUMS)] == []
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
@@ -184,19 +284,38 @@ def test_kernels_compile_well(tmp_path: Path, capability: int) -> None:
     pytest.importorskip("triton")
     kernels = compiled(tmp_path, capability, "DTYPE_CASES")
     assert sum("reduce" not in k["kernel"] for k in kernels) == 2 * len(DTYPES)
-    check(kernels)
+    check(kernels, LAYER_NORM_KERNELS)
 
 
 def test_paths_compile_well(tmp_path: Path) -> None:
     pytest.importorskip("triton")
-    check(compiled(tmp_path, 90, "PATH_CASES"))
+    check(compiled(tmp_path, 90, "PATH_CASES"), LAYER_NORM_KERNELS)
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_all_paths_compile_well(tmp_path: Path, capability: int) -> None:
     pytest.importorskip("triton")
-    check(compiled(tmp_path, capability, "ALL_CASES"))
+    check(compiled(tmp_path, capability, "ALL_CASES"), LAYER_NORM_KERNELS)
+
+
+def test_attention_compiles_well(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    check(compiled(tmp_path, 90, "ATTENTION_CASES"), ATTENTION_KERNELS)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_all_of_attention_compiles_well(tmp_path: Path, capability: int) -> None:
+    pytest.importorskip("triton")
+    check(compiled(tmp_path, capability, "ALL_ATTENTION_CASES"), ATTENTION_KERNELS)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("capability", [80, 120])
+def test_crowded_attention_compiles(tmp_path: Path, capability: int) -> None:
+    pytest.importorskip("triton")
+    check(compiled(tmp_path, capability, "CROWDED_ATTENTION_CASES"), ATTENTION_KERNELS)
 
 
 def test_import_of_pyops_leaves_the_kernels_alone() -> None:

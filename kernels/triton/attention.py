@@ -549,78 +549,79 @@ def _attention_bwd_dkdv_kernel(
         BLOCK_M, BLOCK_N,
     )  # fmt: skip
     before = inner_first - first
-    for g in range(G):
-        h = hk * G + g
-        dout_head, dout_stride = _head(
-            dout_ptr, b, h, q_first, dout_stride_b, dout_stride_h, dout_stride_l, UNIT, PACKED
-        )
-        q_head, q_stride = _head(q_ptr, b, h, q_first, q_stride_b, q_stride_h, q_stride_l, UNIT, PACKED)
-        row0 = _row0(b, h, H, L, q_first, PACKED)
-        mask_of_head = None
-        mask_stride = 0
-        if mask_ptr is not None:
-            mask_of_head, mask_stride = _head(
-                mask_ptr, b, h, 0, mask_stride_b, mask_stride_h, mask_stride_l, MASK_UNIT, False
-            )
-        slope = None
-        if slopes_ptr is not None:
-            slope = _slope(slopes_ptr, b, h, H)
-        for edge in tl.static_range(1 - INNER, 2):
+    for edge in tl.static_range(1 - INNER, 2):
+        tiles = inner_end - inner_first
+        if edge:
+            tiles = before + end - inner_end
+        for t in tl.range(0, G * tiles):  # all heads in one loop: in two, registers spill
+            h = hk
+            tile = t
+            if G > 1:
+                h = hk * G + t // tl.maximum(tiles, 1)
+                tile = t % tl.maximum(tiles, 1)
             if edge:
-                start = 0
-                stop = before + end - inner_end
+                tile = tl.where(tile < before, first + tile, inner_end + tile - before)
             else:
-                start = inner_first
-                stop = inner_end
-            for t in tl.range(start, stop):
-                tile = t
-                if edge:
-                    tile = tl.where(t < before, first + t, inner_end + t - before)
-                i0 = tile * BLOCK_M
-                i = i0 + tl.arange(0, BLOCK_M)
-                m, weight, delta = _load_rows(stats_ptr, delta_ptr, rows, row0 + i, i < queries)
-                q = None
-                if D <= CHUNK_D:
-                    q = _load(q_head, q_stride, i0, queries, 0, BLOCK_M, CHUNK_D, D, edge)
-                s = _product(
-                    k, k_ptr, k_stride, j0, keys, q, q_head, q_stride, i0, queries,
-                    BLOCK_N, BLOCK_M, D, CHUNK_D, ACC, True, edge,
-                )  # fmt: skip
-                s, tanh = _scores(
-                    s, i[None, :], j[:, None], queries, keys, mask_of_head, mask_stride, slope, scale, softcap,
-                    left, right, MASK_J, LEFT, RIGHT, BOTTOM_RIGHT, SOFTCAP, edge,
-                )  # fmt: skip
-                p = tl.exp2(s - m[None, :]) * weight[None, :]
-                if seed_ptr is not None:
-                    keep = tl.trans(_keep(seed_ptr, row0 + i, j0, drop_threshold, BLOCK_N))
+                tile = inner_first + tile
+            dout_head, dout_stride = _head(
+                dout_ptr, b, h, q_first, dout_stride_b, dout_stride_h, dout_stride_l, UNIT, PACKED
+            )
+            q_head, q_stride = _head(q_ptr, b, h, q_first, q_stride_b, q_stride_h, q_stride_l, UNIT, PACKED)
+            row0 = _row0(b, h, H, L, q_first, PACKED)
+            mask_of_head = None
+            mask_stride = 0
+            if mask_ptr is not None:
+                mask_of_head, mask_stride = _head(
+                    mask_ptr, b, h, 0, mask_stride_b, mask_stride_h, mask_stride_l, MASK_UNIT, False
+                )
+            slope = None
+            if slopes_ptr is not None:
+                slope = _slope(slopes_ptr, b, h, H)
+            i0 = tile * BLOCK_M
+            i = i0 + tl.arange(0, BLOCK_M)
+            m, weight, delta = _load_rows(stats_ptr, delta_ptr, rows, row0 + i, i < queries)
+            q = None
+            if D <= CHUNK_D:
+                q = _load(q_head, q_stride, i0, queries, 0, BLOCK_M, CHUNK_D, D, edge)
+            s = _product(
+                k, k_ptr, k_stride, j0, keys, q, q_head, q_stride, i0, queries,
+                BLOCK_N, BLOCK_M, D, CHUNK_D, ACC, True, edge,
+            )  # fmt: skip
+            s, tanh = _scores(
+                s, i[None, :], j[:, None], queries, keys, mask_of_head, mask_stride, slope, scale, softcap,
+                left, right, MASK_J, LEFT, RIGHT, BOTTOM_RIGHT, SOFTCAP, edge,
+            )  # fmt: skip
+            p = tl.exp2(s - m[None, :]) * weight[None, :]
+            if seed_ptr is not None:
+                keep = tl.trans(_keep(seed_ptr, row0 + i, j0, drop_threshold, BLOCK_N))
 
-                dout = None
+            dout = None
+            if DV <= CHUNK_DV:
+                dout = _load(dout_head, dout_stride, i0, queries, 0, BLOCK_M, CHUNK_DV, DV, edge)
+            if dv_ptr is not None:
+                kept = tl.where(keep, p, 0.0) if seed_ptr is not None else p
                 if DV <= CHUNK_DV:
-                    dout = _load(dout_head, dout_stride, i0, queries, 0, BLOCK_M, CHUNK_DV, DV, edge)
-                if dv_ptr is not None:
-                    kept = tl.where(keep, p, 0.0) if seed_ptr is not None else p
-                    if DV <= CHUNK_DV:
-                        dv = _dot(kept.to(T), dout, dv)
-                    else:
-                        column0 = tl.minimum(chunk, (DV - 1) // OUT_DV) * OUT_DV
-                        part = _load(dout_head, dout_stride, i0, queries, column0, BLOCK_M, OUT_DV, DV, edge)
-                        dv = _dot(kept.to(T), part, dv)
-                if dk_ptr is not None:
-                    dp = _product(
-                        v, v_ptr, v_stride, j0, keys, dout, dout_head, dout_stride, i0, queries,
-                        BLOCK_N, BLOCK_M, DV, CHUNK_DV, ACC, True, edge,
-                    )  # fmt: skip
-                    if seed_ptr is not None:
-                        dp = tl.where(keep, dp * dropout_scale, 0.0)
-                    ds = p * (dp - delta[None, :])
-                    if SOFTCAP:
-                        ds *= 1 - tanh * tanh
-                    if D <= CHUNK_D:
-                        dk = _dot(ds.to(T), q, dk)
-                    else:
-                        column0 = tl.minimum(chunk, (D - 1) // OUT_D) * OUT_D
-                        part = _load(q_head, q_stride, i0, queries, column0, BLOCK_M, OUT_D, D, edge)
-                        dk = _dot(ds.to(T), part, dk)
+                    dv = _dot(kept.to(T), dout, dv)
+                else:
+                    column0 = tl.minimum(chunk, (DV - 1) // OUT_DV) * OUT_DV
+                    part = _load(dout_head, dout_stride, i0, queries, column0, BLOCK_M, OUT_DV, DV, edge)
+                    dv = _dot(kept.to(T), part, dv)
+            if dk_ptr is not None:
+                dp = _product(
+                    v, v_ptr, v_stride, j0, keys, dout, dout_head, dout_stride, i0, queries,
+                    BLOCK_N, BLOCK_M, DV, CHUNK_DV, ACC, True, edge,
+                )  # fmt: skip
+                if seed_ptr is not None:
+                    dp = tl.where(keep, dp * dropout_scale, 0.0)
+                ds = p * (dp - delta[None, :])
+                if SOFTCAP:
+                    ds *= 1 - tanh * tanh
+                if D <= CHUNK_D:
+                    dk = _dot(ds.to(T), q, dk)
+                else:
+                    column0 = tl.minimum(chunk, (D - 1) // OUT_D) * OUT_D
+                    part = _load(q_head, q_stride, i0, queries, column0, BLOCK_M, OUT_D, D, edge)
+                    dk = _dot(ds.to(T), part, dk)
 
     if dk_ptr is not None:
         dk_ptr, dk_stride = _head(dk_ptr, b, hk, k_first, dk_stride_b, dk_stride_h, dk_stride_l, UNIT, PACKED)
@@ -951,28 +952,28 @@ class _Tiles(NamedTuple):
 
 
 # By kernel and bytes of an element, for head sizes up to 64, up to 128 and above: tiles without, and with much work per
-# score (mask, dropout, softcap, slopes). They are the largest without spills (tests/test_triton_aot.py lists the
-# exceptions), under these rules:
-#   - 16 rows of a tile per warp (BLOCK_M, or BLOCK_N of dkdv): with fewer, warps repeat each other's products;
-#   - 16-bit: the block's own operands stay, 2 or 3 stages of the other's wait in 99 KB; above 128 the accumulators
-#     alone take half of the registers, so head sizes are walked in chunks of 64, through L2;
+# score (mask, dropout, softcap, slopes). They are chosen by registers, not by measured times: large, but without spills
+# up to 128 (tests/test_triton_aot.py), under these rules:
+#   - 16-bit: 16 of the block's own rows per warp (BLOCK_M, or BLOCK_N of dkdv), or 8 where two warps can share the
+#     other's 32: with fewer, warps repeat each other's products. The block's own operands stay, 2 or 3 stages of the
+#     other's wait in 99 KB. Above 128 head sizes are walked in chunks of 64, through L2, for want of registers;
 #   - fp32: an FMA product holds its operands in registers, so its inner dimension is 16 or 32;
-#   - fp64: as fp32, for the sake of compute capability 12.0, which has no fp64 tensor cores to speak of.
+#   - fp64: as fp32, for the sake of compute capability 12.0, where Triton multiplies fp64 by FMA instructions.
 _TILES = {
     ("fwd", 2): (
-        (_Tiles(128, 64, 64, 64, 8, 3), _Tiles(128, 64, 64, 64, 8, 2)),
+        (_Tiles(128, 64, 64, 64, 8, 3), _Tiles(128, 32, 64, 64, 8, 2)),
         (_Tiles(128, 64, 128, 128, 8, 2), _Tiles(128, 32, 64, 128, 8, 2)),
         (_Tiles(128, 32, 64, 256, 8, 2), _Tiles(128, 16, 64, 256, 8, 2)),
     ),
     ("dkdv", 2): (
         (_Tiles(32, 128, 64, 64, 8, 2), _Tiles(16, 128, 64, 64, 8, 2)),
         (_Tiles(16, 128, 128, 128, 8, 2), _Tiles(16, 128, 128, 128, 8, 2, apart=True)),
-        (_Tiles(16, 128, 64, 256, 8, 2, apart=True), _Tiles(16, 128, 64, 256, 8, 2, apart=True)),
+        (_Tiles(32, 64, 64, 256, 8, 2, apart=True), _Tiles(32, 64, 64, 256, 8, 2, apart=True)),
     ),
     ("dq", 2): (
         (_Tiles(128, 64, 64, 64, 8, 2), _Tiles(128, 32, 64, 64, 8, 2)),
         (_Tiles(128, 32, 128, 128, 8, 2), _Tiles(128, 16, 128, 128, 8, 2)),
-        (_Tiles(128, 16, 64, 256, 8, 2), _Tiles(128, 16, 64, 256, 8, 2)),
+        (_Tiles(64, 32, 64, 256, 8, 2), _Tiles(64, 32, 64, 256, 8, 2)),
     ),
     ("dmask", 2): (
         (_Tiles(64, 32, 64, 64, 8, 2), _Tiles(64, 32, 64, 64, 8, 2)),
@@ -981,8 +982,8 @@ _TILES = {
     ),
     ("fwd", 4): (
         (_Tiles(64, 32, 16, 64, 8, 1), _Tiles(64, 32, 16, 64, 8, 1)),
-        (_Tiles(64, 32, 32, 128, 8, 1), _Tiles(64, 16, 16, 128, 4, 1)),
-        (_Tiles(64, 32, 32, 128, 8, 1), _Tiles(64, 16, 16, 128, 4, 1)),
+        (_Tiles(64, 32, 32, 128, 8, 1), _Tiles(64, 32, 32, 128, 8, 1)),
+        (_Tiles(64, 32, 32, 128, 8, 1), _Tiles(64, 32, 32, 128, 8, 1)),
     ),
     ("dkdv", 4): (
         (_Tiles(16, 64, 16, 64, 8, 1), _Tiles(16, 64, 16, 64, 8, 1)),
@@ -990,15 +991,15 @@ _TILES = {
         (_Tiles(16, 32, 32, 128, 8, 1), _Tiles(16, 64, 16, 64, 8, 1)),
     ),
     ("dq", 4): (
-        (_Tiles(32, 32, 32, 64, 4, 1), _Tiles(32, 32, 32, 64, 4, 1)),
-        (_Tiles(32, 32, 32, 128, 4, 1), _Tiles(32, 32, 32, 128, 4, 1)),
-        (_Tiles(32, 32, 32, 128, 4, 1), _Tiles(32, 32, 32, 128, 4, 1)),
+        (_Tiles(32, 32, 32, 64, 4, 1), _Tiles(64, 16, 16, 64, 4, 1)),
+        (_Tiles(32, 32, 32, 128, 4, 1), _Tiles(64, 16, 16, 128, 4, 1)),
+        (_Tiles(32, 32, 32, 128, 4, 1), _Tiles(64, 16, 16, 128, 4, 1)),
     ),
-    ("dmask", 4): ((_Tiles(32, 32, 16, 64, 4, 1),) * 2,) * 3,
-    ("fwd", 8): ((_Tiles(32, 32, 32, 64, 4, 1),) * 2,) * 3,
-    ("dkdv", 8): ((_Tiles(32, 32, 32, 64, 4, 1),) * 2,) * 3,
-    ("dq", 8): ((_Tiles(32, 32, 32, 64, 4, 1),) * 2,) * 3,
-    ("dmask", 8): ((_Tiles(32, 32, 32, 64, 4, 1),) * 2,) * 3,
+    ("dmask", 4): ((_Tiles(64, 32, 16, 64, 8, 1),) * 2,) * 3,
+    ("fwd", 8): ((_Tiles(32, 16, 32, 64, 4, 1),) * 2,) * 3,
+    ("dkdv", 8): ((_Tiles(16, 64, 32, 64, 8, 1, apart=True),) * 2,) * 3,
+    ("dq", 8): ((_Tiles(32, 16, 16, 64, 4, 1),) * 2,) * 3,
+    ("dmask", 8): ((_Tiles(32, 16, 32, 64, 4, 1),) * 2,) * 3,
 }
 # Where a program has 227 KB of shared memory: compute capability 9.0 and 10.x. The rest is as above.
 _ROOMY_TILES = {
@@ -1010,12 +1011,12 @@ _ROOMY_TILES = {
     ("dkdv", 2): (
         (_Tiles(64, 128, 64, 64, 8, 2), _Tiles(16, 128, 64, 64, 8, 2)),
         (_Tiles(32, 128, 128, 128, 8, 2), _Tiles(16, 128, 128, 128, 8, 2, apart=True)),
-        (_Tiles(16, 128, 64, 256, 8, 2, apart=True), _Tiles(16, 128, 64, 256, 8, 2, apart=True)),
+        (_Tiles(32, 64, 64, 256, 8, 2, apart=True), _Tiles(32, 64, 64, 256, 8, 2, apart=True)),
     ),
     ("dq", 2): (
         (_Tiles(128, 64, 64, 64, 8, 2), _Tiles(128, 32, 64, 64, 8, 2)),
         (_Tiles(128, 64, 128, 128, 8, 2), _Tiles(128, 16, 128, 128, 8, 2)),
-        (_Tiles(128, 16, 64, 256, 8, 2), _Tiles(128, 16, 64, 256, 8, 2)),
+        (_Tiles(64, 32, 64, 256, 8, 2), _Tiles(64, 32, 64, 256, 8, 2)),
     ),
 }
 
