@@ -13,6 +13,7 @@
 #endif
 #endif
 
+#include <algorithm>
 #include <cmath>
 
 namespace py = pybind11;
@@ -30,6 +31,23 @@ bool same_device(const TensorView& a, const TensorView& b) {
 
 bool has_shape(const TensorView& v, int64_t a, int64_t b, int64_t c, int64_t d) {
   return v.t.ndim == 4 && v.size(0) == a && v.size(1) == b && v.size(2) == c && v.size(3) == d;
+}
+
+bool on_cuda([[maybe_unused]] const TensorView& q) {
+#ifdef PYOPS_SIMT
+  return true;
+#else
+  return q.is_cuda();
+#endif
+}
+
+constexpr int64_t kMostRows = int64_t{1} << 29;
+
+// What the CUDA kernels' 16-byte accesses ask for.
+bool has_aligned_rows(const TensorView& t) {
+  bool ok = reinterpret_cast<uintptr_t>(t.data<const void>()) % 16 == 0;
+  for (int i = 0; i < 3; ++i) ok = ok && (t.size(i) == 1 || t.stride(i) * 2 % 16 == 0);
+  return ok;
 }
 
 // The sizes of a call. L and S: of packed sequences, all of them together.
@@ -60,14 +78,20 @@ Sizes sizes(const TensorView& q, const TensorView& k, const TensorView& v, const
   return s;
 }
 
-// cu holds the ends of the sequences: from 0 to T, none longer than `longest`. On a GPU that is the caller's word.
-const int32_t* packed(const TensorView& cu, const TensorView& q, int64_t B, int64_t T, int64_t longest,
+// cu holds the ends of the sequences: from 0 to T, none longer than `longest`, which becomes the length of the longest
+// where `tighten` says so. On a GPU that is the caller's word.
+const int32_t* packed(const TensorView& cu, const TensorView& q, int64_t B, int64_t T, int64_t& longest, bool tighten,
                       const char* op) {
   const int32_t* ends = dense<int32_t>(cu, q, B + 1, op, "cu_q and cu_k must be dense int32 [B + 1]");
   if (ends == nullptr || !cu.is_cpu()) return ends;
   bool ok = ends[0] == 0 && ends[B] == T;
-  for (int64_t b = 0; b < B; ++b) ok = ok && ends[b] <= ends[b + 1] && ends[b + 1] - ends[b] <= longest;
+  int64_t found = 1;
+  for (int64_t b = 0; b < B; ++b) {
+    ok = ok && ends[b] <= ends[b + 1] && ends[b + 1] - ends[b] <= longest;
+    found = std::max<int64_t>(found, ends[b + 1] - ends[b]);
+  }
   require(ok, op, "cu_q and cu_k must rise from 0 to the number of rows, by max_q and max_k at most");
+  if (tighten) longest = found;
   return ends;
 }
 
@@ -117,6 +141,12 @@ Params filled(const TensorView& q, const TensorView& k, const TensorView& v, con
               const TensorView& slopes, const TensorView& sinks, const TensorView& seed, const TensorView& cu_q,
               const TensorView& cu_k, const Sizes& s, const Options& o, const char* op) {
   using A = acc_t<T>;
+  if (on_cuda(q)) {
+    require(s.D % 8 == 0 && s.Dv % 8 == 0 && s.D <= 256 && s.Dv <= 256 && s.L < kMostRows && s.S < kMostRows, op,
+            "the CUDA kernels serve head sizes to 256 that 8 divides, and lengths below 2^29");
+    for (const TensorView* t : {&q, &k, &v})
+      require(has_aligned_rows(*t), op, "rows must start at multiples of 16 bytes");
+  }
   require(bool(seed) == (o.p > 0) && o.p < 1, op, "dropout needs a seed, and p within [0, 1)");
   require(bool(cu_q) == bool(cu_k), op, "cu_q and cu_k must stand together");
   Params params = sized<Params, T>(s, mask, cu_q, op);
@@ -134,12 +164,12 @@ Params filled(const TensorView& q, const TensorView& k, const TensorView& v, con
   params.slopes = dense<A>(slopes, q, s.B * s.H, op, "slopes must be dense [B, H]");
   params.sinks = dense<A>(sinks, q, s.H, op, "sinks must be dense [H]");
   params.seed = dense<int64_t>(seed, q, 2, op, "seed must be two int64");
-  params.cu_q = packed(cu_q, q, s.B, s.L, s.max_q, op);
-  params.cu_k = packed(cu_k, q, s.B, s.S, s.max_k, op);
+  params.cu_q = packed(cu_q, q, s.B, s.L, params.max_q, !mask, op);
+  params.cu_k = packed(cu_k, q, s.B, s.S, params.max_k, !mask, op);
   params.scale = static_cast<A>(o.scale);
   params.softcap = static_cast<A>(o.softcap);
-  params.left = o.left;
-  params.right = o.right;
+  params.left = std::min(o.left, s.max_q + s.max_k);  // no diagonal is farther away
+  params.right = std::min(o.right, s.max_q + s.max_k);
   params.bottom_right = o.bottom_right;
   params.dropout_scale = static_cast<A>(1 / (1 - o.p));
   params.drop_threshold = static_cast<uint32_t>(std::ceil(o.p * 16777216.0));
@@ -178,14 +208,6 @@ int64_t workspace_cuda(const AttentionBwdParams<T>& params) {
   return attention_bwd_workspace_cuda(params);
 }
 #endif
-
-bool on_cuda([[maybe_unused]] const TensorView& q) {
-#ifdef PYOPS_SIMT
-  return true;
-#else
-  return q.is_cuda();
-#endif
-}
 
 // Launches the kernel where q lives.
 template <typename T, typename Params>
@@ -229,6 +251,13 @@ void dispatch_dtype(const char* op, const TensorView& q, F&& f) {
   dispatch_dtypes(op, q, {}, [&](auto t, auto) { f(t); });
 }
 
+// The workspace of backward depends on a mask only as far as there is a dmask.
+template <typename Params>
+Params without_mask_unless(bool need_dmask, Params params) {
+  if (!need_dmask) params.mask_kind = AttentionMask::none;
+  return params;
+}
+
 template <typename T, typename Params>
 acc_t<T>* checked_workspace(const Params& params, const TensorView& workspace, const TensorView& q, const char* op) {
   const int64_t size = workspace_size<T>(params, q);
@@ -240,7 +269,7 @@ void attention_fwd(const TensorView& q, const TensorView& k, const TensorView& v
                    const TensorView& slopes, const TensorView& sinks, const TensorView& seed, const TensorView& cu_q,
                    const TensorView& cu_k, const TensorView& out, const TensorView& residue, const TensorView& stats,
                    const TensorView& workspace, double scale, int64_t left, int64_t right, bool bottom_right,
-                   double softcap, double p, int64_t max_q, int64_t max_k, int num_threads) {
+                   double softcap, double p, int64_t max_q, int64_t max_k, int num_threads, bool differentiated) {
   const Sizes s = sizes(q, k, v, cu_q, max_q, max_k, kFwd);
   const Options o{scale, left, right, bottom_right, softcap, p, num_threads};
   require(out && stats, kFwd, "an output is missing");
@@ -250,8 +279,10 @@ void attention_fwd(const TensorView& q, const TensorView& k, const TensorView& v
     auto params = filled<AttentionFwdParams<T>, T>(q, k, v, mask, slopes, sinks, seed, cu_q, cu_k, s, o, kFwd);
     params.out = strided<T>(out, q, s.Dv, params.out_stride, kFwd, "out must be like q, with a dense last dimension");
     params.residue = strided<T>(residue, q, s.Dv, params.residue_stride, kFwd, "residue must be like out");
+    if (on_cuda(q)) require(has_aligned_rows(out), kFwd, "rows must start at multiples of 16 bytes");
     params.stats = dense<acc_t<T>>(stats, q, 2 * q.size(0) * s.H * s.L, kFwd, "stats must be dense [2, B, H, L]");
     params.workspace = checked_workspace<T>(params, workspace, q, kFwd);
+    params.differentiated = differentiated;
     run<T>(params, q, kFwd);
   });
 }
@@ -275,6 +306,9 @@ void attention_bwd(const TensorView& dout, const TensorView& dlse, const TensorV
     params.dout = strided<const T>(dout, q, s.Dv, params.dout_stride, kBwd, "dout must be like out");
     params.out = strided<const T>(out, q, s.Dv, params.out_stride, kBwd, "out must be like q");
     params.residue = strided<const T>(residue, q, s.Dv, params.residue_stride, kBwd, "residue must be like out");
+    for (const TensorView* t : {&dout, &out, &dq, &dk, &dv}) {
+      require(!*t || !on_cuda(q) || has_aligned_rows(*t), kBwd, "rows must start at multiples of 16 bytes");
+    }
     params.stats = dense<A>(stats, q, 2 * rows, kBwd, "stats must be dense [2, B, H, L]");
     params.dlse = dense<A>(dlse, q, rows, kBwd, "dlse must be dense [B, H, L]");
     params.dq = strided<T>(dq, q, s.D, params.dq_stride, kBwd, "dq must be like q");
@@ -290,7 +324,7 @@ void attention_bwd(const TensorView& dout, const TensorView& dlse, const TensorV
       require(ok, kBwd, "dmask must be [1 or B, 1 or H, 1 or L, S], of an additive mask with a dense last dimension");
       params.dmask = dense<A>(dmask, q, dmask.numel(), kBwd, "dmask must be dense");
     }
-    params.workspace = checked_workspace<T>(params, workspace, q, kBwd);
+    params.workspace = checked_workspace<T>(without_mask_unless(bool(dmask), params), workspace, q, kBwd);
     run<T>(params, q, kBwd);
   });
 }
@@ -307,12 +341,13 @@ int64_t attention_fwd_workspace(const TensorView& q, const TensorView& k, const 
 }
 
 int64_t attention_bwd_workspace(const TensorView& q, const TensorView& k, const TensorView& v, const TensorView& mask,
-                                const TensorView& cu_q, int64_t max_q, int64_t max_k, bool) {
+                                const TensorView& cu_q, int64_t max_q, int64_t max_k, bool need_dmask) {
   const Sizes s = sizes(q, k, v, cu_q, max_q, max_k, kBwd);
   int64_t size = 0;
   dispatch_dtype(kBwd, q, [&](auto t) {
     using T = typename decltype(t)::type;
-    size = workspace_size<T>(sized<AttentionBwdParams<T>, T>(s, mask, cu_q, kBwd), q);
+    const auto params = sized<AttentionBwdParams<T>, T>(s, mask, cu_q, kBwd);
+    size = workspace_size<T>(without_mask_unless(need_dmask, params), q);
   });
   return size;
 }

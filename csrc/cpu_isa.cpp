@@ -1,6 +1,7 @@
 #include "cpu_isa.h"
 
 #include <cstdlib>
+#include <new>
 #include <stdexcept>
 #include <string>
 
@@ -57,6 +58,8 @@ CpuIsa cpu_isa_best() {
 #endif
   return CpuIsa::baseline;
 }
+
+void out_of_memory() { throw std::bad_alloc(); }
 
 CpuIsa cpu_isa() {
   static const CpuIsa chosen = choose();

@@ -9,6 +9,8 @@ enum class CpuIsa { baseline, avx2, avx512, avx512_bf16 };
 // that does not exist or that this processor lacks.
 CpuIsa cpu_isa();
 const char* cpu_isa_name(CpuIsa isa);
+// For the kernels, which know nothing of the C++ library.
+[[noreturn]] void out_of_memory();
 // The highest level that this processor and this build have.
 CpuIsa cpu_isa_best();
 

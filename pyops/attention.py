@@ -52,7 +52,7 @@ class Config(NamedTuple):
     max_q: int  # the longest packed sequence; of no meaning without cu_q
     max_k: int
     return_lse: bool
-    keep_residue: bool  # what rounding takes from out, for backward
+    differentiated: bool  # forward prepares a backward
     backend: str
 
 
@@ -95,7 +95,7 @@ class _Packing:
         return t.transpose(1, 2)[self.sequence, self.position].transpose(0, 1)[None]
 
 
-def _held(bias: Tensor) -> tuple[Tensor, Tensor]:
+def held_bias(bias: Tensor) -> tuple[Tensor, Tensor]:
     """The bias within the limits of kernels/params/attention.h, and where it is -inf.
 
     The gradient is 0 where the bias is infinite, and passes wherever it is not.
@@ -154,7 +154,7 @@ def definition(
         if mask is not None and mask.dtype == torch.bool:
             visible = visible & mask
         elif mask is not None:
-            bias, hidden = _held(mask.to(acc))
+            bias, hidden = held_bias(mask.to(acc))
             visible = visible & ~hidden
             s = s + bias
 
@@ -162,12 +162,13 @@ def definition(
         m = torch.where(visible, s, -math.inf).detach()
         m = m.amax(-1, keepdim=True) if S > 0 else m.new_full((B, H, L, 1), -math.inf)
         if sinks is not None:
-            m = torch.maximum(m, sinks.detach()[:, None, None])
+            sinks, without = (t[:, None, None] for t in held_bias(sinks))
+            m = torch.maximum(m, torch.where(without, -math.inf, sinks).detach())
         finite = torch.where(m == -math.inf, 0.0, m)
         e = torch.where(visible, torch.exp(torch.where(visible, s - finite, 0.0)), 0.0)
         total = e.sum(-1, keepdim=True)
         if sinks is not None:
-            total = total + torch.exp(sinks[:, None, None] - finite)
+            total = total + torch.where(without, 0.0, torch.exp(torch.where(without, 0.0, sinks - finite)))
         empty = total == 0
         total = torch.where(empty, 1.0, total)
         p = e / total
@@ -242,6 +243,11 @@ def _lse(stats: Tensor) -> Tensor:
     return torch.where(m >= _TOP / 2, math.inf, lse)
 
 
+def _has_residue(q: Tensor, c: Config) -> bool:
+    """Whether forward also returns what rounding took from out (kernels/params/attention.h)."""
+    return c.differentiated and q.dtype.itemsize == 2 and c.backend in KEEPS_RESIDUE
+
+
 def _sizes(q: Tensor, k: Tensor, cu_q: Tensor | None, c: Config) -> tuple[tuple[int, int, int, int], bool]:
     """[B, H, L, S] of the scores (of the longest sequences), and whether there are any."""
     if cu_q is None:
@@ -266,7 +272,7 @@ def forward_leaf(
     """(out, lse, residue, stats) on the kernels of ``c.backend``; None is what was not asked for."""
     shape, scores = _sizes(q, k, cu_q, c)
     out = _empty_out(q, v)
-    residue = _empty_out(q, v) if c.keep_residue else None
+    residue = _empty_out(q, v) if _has_residue(q, c) else None
     stats = torch.empty((2, *q.shape[:3]), dtype=_acc(q.dtype), device=q.device)
     if scores:
         q, k, v = (_prepared(t, c) for t in (q, k, v))
@@ -278,13 +284,14 @@ def forward_leaf(
         kernels.attention_fwd(
             q, k, v, mask, slopes, sinks, seed, cu_q, cu_k, out, residue, stats, workspace,
             _scale(q, c), c.left, c.right, c.bottom_right, c.softcap, c.p, max_q, max_k, _get_num_threads(),
+            c.differentiated,
         )  # fmt: skip
     else:
         out.zero_()
         if residue is not None:
             residue.zero_()
-        stats[0] = -math.inf if sinks is None else sinks[:, None] * _LOG2_E
-        stats[1] = 0.0 if sinks is None else 1.0
+        stats[0] = -math.inf if sinks is None else (sinks[:, None] * _LOG2_E).clamp(max=_TOP)
+        stats[1] = 0.0 if sinks is None else sinks[:, None] > -math.inf
     return out, _lse(stats) if c.return_lse else None, residue, stats
 
 
@@ -325,7 +332,8 @@ def backward_leaf(
         for t in written:
             t.zero_()
     elif written:
-        q, k, v, dout = (_prepared(t, c) for t in (q, k, v, dout))
+        q, k, v, dout, out = (_prepared(t, c) for t in (q, k, v, dout, out))
+        residue = None if residue is None else _prepared(residue, c)
         wide = _expanded_mask(mask, shape, dense=by_key)
         max_q, max_k = shape[2:]
         kernels = leaf(c.backend, "attention")
@@ -364,8 +372,10 @@ def _row_gradients(
     towards = delta if dlse is None else delta - dlse
     p_sink = 0.0
     if sinks is not None:
-        p_sink = torch.where(total > 0, torch.exp2(sinks[:, None] * _LOG2_E - m) / total, 0.0)
-    dsinks = -(p_sink * towards).sum((0, 2)) if need_sinks else None
+        finite = sinks[:, None].isfinite() & (total > 0)  # an infinite sink is a constant
+        p_sink = torch.where(total > 0, torch.exp2((sinks[:, None] * _LOG2_E).clamp(max=_TOP) - m) / total, 0.0)
+        p_sink = torch.where(sinks[:, None] == -math.inf, 0.0, p_sink)
+    dsinks = -torch.where(finite, p_sink * towards, 0.0).sum((0, 2)) if need_sinks else None
     if not need_mask:
         return None, dsinks
     row = torch.where(total > 0, delta - towards * (1.0 - p_sink), 0.0)[..., None]
@@ -380,7 +390,7 @@ def _row_gradients(
 
 _CONFIG = (
     "float? scale, SymInt left, SymInt right, bool bottom_right, float softcap, float p, SymInt max_q, SymInt max_k, "
-    "bool return_lse, bool keep_residue, str backend"
+    "bool return_lse, bool differentiated, str backend"
 )
 _INPUTS = (
     "Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? slopes, Tensor? sinks, Tensor? seed, Tensor? cu_q, "
@@ -421,7 +431,7 @@ def _fwd_fake(q, k, v, *rest):  # noqa: ARG001
     c = Config(*rest[_N_INPUTS - 3 :])
     stats = q.new_empty((2, *q.shape[:3]), dtype=_acc(q.dtype))
     lse = torch.empty_like(stats[0]) if c.return_lse else None
-    residue = _empty_out(q, v) if c.keep_residue else None
+    residue = _empty_out(q, v) if _has_residue(q, c) else None
     return tuple(_present(t, q) for t in (_empty_out(q, v), lse, residue, stats))
 
 
@@ -474,7 +484,7 @@ def _fwd_vmap(info, in_dims, *args):
     out, lse, residue, stats = op(q, k, v, mask, slopes, sinks, seed, cu_q, cu_k, *config)
     lead = (size, q.shape[0] // size)
     c = Config(*config)
-    dims = 0, 0 if c.return_lse else None, 0 if c.keep_residue else None
+    dims = 0, 0 if c.return_lse else None, 0 if _has_residue(q, c) else None
     results = (t if dim is None else t.unflatten(0, lead) for t, dim in zip((out, lse, residue), dims))
     return (*results, stats.unflatten(1, lead)), (*dims, 1)
 
@@ -520,7 +530,7 @@ class AttentionRule(autograd.Rule):
         if direct:
             return forward_leaf(*tensors, config)
         out, lse, residue, stats = torch.ops.pyops.attention_fwd(*tensors, *config)
-        return out, lse if config.return_lse else None, residue if config.keep_residue else None, stats
+        return out, lse if config.return_lse else None, residue if _has_residue(tensors[0], config) else None, stats
 
     @staticmethod
     def outputs(results, config):
@@ -574,19 +584,22 @@ _, _apply_plain, _apply_functorch = autograd.make(AttentionRule)
 # ---- what the kernels of a backend do not serve ----
 
 
-def _cuda_limit(q: Tensor, k: Tensor, v: Tensor) -> str | None:  # noqa: ARG001
+def _cuda_limit(q: Tensor, k: Tensor, v: Tensor) -> str | None:
     if q.dtype.itemsize != 2:
         return f'its kernels serve bfloat16 and float16, not {q.dtype}; use "triton"'
     sizes = q.shape[-1], v.shape[-1]
     if any(n % 8 or n > 256 for n in sizes):
         return f'its kernels serve head sizes up to 256 that 8 divides, not {sizes[0]} and {sizes[1]}; use "triton"'
+    longest = max(*q.shape[:-1], *k.shape[:-1])
+    if longest >= 2**29:
+        return f'its kernels serve lengths below 2^29, not {longest}; use "triton"'
     return None
 
 
 # By name, for explain() too: a reason, or None.
 LIMITS = {"cuda": _cuda_limit}
 NEEDS_ALIGNED_ROWS = {"cuda"}
-KEEPS_RESIDUE = {"cpu"}  # of 16-bit results
+KEEPS_RESIDUE = {"cpu"}
 
 
 # ---- validation ----
@@ -646,6 +659,8 @@ def _check_options(
             _fail(op, "window", "have sides of at least 0, or -1 for no limit", window)
         if is_causal and right > 0:
             _fail(op, "window", "end at the diagonal beside is_causal", window)
+    if not isinstance(is_causal, (bool, torch.SymBool)):
+        _fail(op, "is_causal", "be a bool", type(is_causal).__name__, TypeError)
     right = 0 if is_causal else right
     if causal not in ("top-left", "bottom-right"):
         _fail(op, "causal", 'be "top-left" or "bottom-right"', repr(causal))
@@ -685,7 +700,7 @@ def _check_per_head(op: str, name: str, t: Any, q: Tensor, first: str, shapes: S
     _check_floating(op, name, t)
     if tuple(t.shape) not in shapes:
         _fail(op, name, "have shape " + " or ".join(map(str, shapes)), tuple(t.shape))
-    if name == "alibi_slopes" and t.requires_grad:
+    if name == "alibi_slopes" and t.requires_grad and _grad_enabled():
         _fail(op, name, "require no gradient (there is none for it)", "one that does")
 
 
@@ -755,17 +770,16 @@ def _run(q, k, v, mask, slopes, sinks, cu_q, cu_k, c: Config) -> tuple[Tensor, T
     tensors = (q, k, v, mask, slopes, sinks, seed, cu_q, cu_k)
     if c.backend in ("eager", "torch") or needs_definition():
         return definition(*tensors, c)
-    residue = q.dtype.itemsize == 2 and c.backend in KEEPS_RESIDUE
     if functorch_active():
-        out, lse, *_ = _apply_functorch(c._replace(keep_residue=residue), *tensors)
+        out, lse, *_ = _apply_functorch(c._replace(differentiated=True), *tensors)
         return out, lse
     direct = is_plain(*tensors)
     differentiated = _grad_enabled() and any(t is not None and t.requires_grad for t in (q, k, v, mask, sinks))
     if direct and not differentiated:
         out, lse, *_ = forward_leaf(*tensors, c)
         return out, lse
-    if residue and differentiated:
-        c = c._replace(keep_residue=True)
+    if differentiated:
+        c = c._replace(differentiated=True)
     if is_compiling():
         tensors = _distinct(tensors)
     outputs = _apply_plain(direct, c, *tensors)
@@ -1015,6 +1029,8 @@ def varlen_attention(
     B = cu_seqlens_q.shape[0] - 1
     if attn_mask is not None:
         _check_mask(op, attn_mask, q, "q", (B, H, max_q, max_k))
+    else:
+        max_q, max_k = min(max_q, q.shape[0]), min(max_k, k.shape[0])
     if alibi_slopes is not None:
         _check_per_head(op, "alibi_slopes", alibi_slopes, q, "q", [(H,), (B, H)])
     if sinks is not None:
@@ -1050,7 +1066,7 @@ def _jagged(
     op: str, query: Any, key: Any, value: Any, attn_mask: Tensor | None, *rest: Any, return_lse: bool, **options: Any
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Jagged nested (B, H, j, E) tensors by way of the packed form, which is how they lie in memory."""
-    packed, offsets = [], []
+    packed, offsets, longest = [], [], []
     for name, t in zip(("query", "key", "value"), (query, key, value)):
         if not isinstance(t, Tensor) or t.layout != torch.jagged or t.dim() != 4 or t._ragged_idx != 2:
             _fail(op, name, "be jagged, of shape (B, H, j, E), when query is nested", _described(t), TypeError)
@@ -1058,13 +1074,14 @@ def _jagged(
             _fail(op, name, "be jagged without holes", "a narrowed one")
         packed.append(t.transpose(1, 2).values())
         offsets.append(t.offsets())
-    if offsets[2] is not offsets[1] and not torch.equal(offsets[2], offsets[1]):
+        # The tensor remembers its longest sequence once asked; a compiler cannot ask, and the bound serves as well.
+        longest.append(packed[-1].shape[0] if is_compiling() and attn_mask is None else t._get_max_seqlen())
+    if offsets[2] is not offsets[1] and not is_compiling() and not torch.equal(offsets[2], offsets[1]):
         _fail(op, "value", "have the lengths of key", "others")
     if offsets[0].shape != offsets[1].shape:
         _fail(op, "key", f"have the batch size of query, {offsets[0].shape[0] - 1}", offsets[1].shape[0] - 1)
     cu_q, cu_k = (o.to(torch.int32) for o in offsets[:2])
-    longest = [int(o.diff().max()) if o.shape[0] > 1 else 0 for o in offsets[:2]]
-    results = varlen_attention(*packed, cu_q, cu_k, *longest, attn_mask, *rest, return_lse=return_lse, **options)
+    results = varlen_attention(*packed, cu_q, cu_k, *longest[:2], attn_mask, *rest, return_lse=return_lse, **options)
     nested = [
         torch.nested.nested_tensor_from_jagged(t, offsets[0]).transpose(1, 2)
         for t in (results if return_lse else (results,))

@@ -242,6 +242,8 @@ def explain(op: str, *args: object, backend: str | None = None, **kwargs: object
     for name, tensor in zip(names, tensors):
         if not isinstance(tensor, torch.Tensor):
             raise TypeError(f"explain: {name} must be a torch.Tensor, got {type(tensor).__name__}")
+    if op == "scaled_dot_product_attention":  # a jagged call runs on the values, packed
+        tensors = [t.transpose(1, 2).values() if t.layout == torch.jagged and t.dim() == 4 else t for t in tensors]
     limits = getattr(importlib.import_module(f"pyops.{stem}"), "LIMITS", {})
 
     def limit(name: str) -> str | None:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import scaled_dot_product_attention, varlen_attention
+from .attention import held_bias, scaled_dot_product_attention, varlen_attention
 from .backend import without_autocast
 from .layer_norm import LayerNorm, add_layer_norm
 
@@ -111,7 +111,8 @@ def _merged(padding: Tensor | None, mask: Tensor | None) -> Tensor | None:
         return torch.where(padding, -math.inf, mask)
     if mask.dtype == torch.bool:
         return torch.where(mask, -math.inf, padding)
-    return padding + mask
+    # A key that one of them hides stays hidden, whatever the other says.
+    return torch.where((padding == -math.inf) | (mask == -math.inf), -math.inf, padding + mask)
 
 
 def _attention_weights(q: Tensor, k: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
@@ -123,8 +124,8 @@ def _attention_weights(q: Tensor, k: Tensor, mask: Tensor | None, is_causal: boo
     if mask is not None and mask.dtype == torch.bool:
         hidden = mask.logical_not()
     elif mask is not None:
-        hidden = mask == -math.inf
-        s = s + torch.where(hidden, 0.0, mask.to(acc))
+        bias, hidden = held_bias(mask.to(acc))
+        s = s + bias
     if is_causal:
         above = torch.ones(s.shape[-2:], dtype=torch.bool, device=s.device).triu(1)
         hidden = above if hidden is None else hidden | above
@@ -241,6 +242,7 @@ def _multihead_attention(
     if mask is not None:
         mask = mask.unflatten(0, (B, num_heads)) if mask.dim() == 3 else mask[None, None]
 
+    is_causal = is_causal and not need_weights  # as torch, which takes the hint only where the mask is of no other use
     appended = (bias_k is not None) + add_zero_attn
     if bias_k is not None:
         rows = (t.to(k.dtype).view(1, 1, *heads).expand(B, -1, -1, -1) for t in (bias_k, bias_v))
@@ -249,8 +251,8 @@ def _multihead_attention(
         k, v = (F.pad(t, (0, 0, 0, 0, 0, 1)) for t in (k, v))
     if appended:
         padding, mask = (None if t is None else F.pad(t, (0, appended)) for t in (padding, mask))
-        # All queries see these keys in the mask, and none by the hint. torch takes the hint where nothing else matters.
-        is_causal = is_causal and padding is None and not need_weights
+        # All queries see these keys in the mask, and none by the hint.
+        is_causal = is_causal and padding is None
     mask = _merged(padding, None if is_causal else mask)
 
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
@@ -287,7 +289,7 @@ class MultiheadAttention(nn.MultiheadAttention):
 
     Differs from torch.nn.MultiheadAttention: a query that sees no key gets an attention of 0 and zero gradients, with
     need_weights too, instead of NaN; one code path, so eval() computes what training does; is_causal without attn_mask
-    always raises, and with a key_padding_mask or need_weights the hint is taken too; errors are ValueError and
+    always raises, and with a key_padding_mask the hint is taken too; errors are ValueError and
     TypeError; masks may be of two kinds; dropout without need_weights drops other elements than torch with the same
     seed.
     """

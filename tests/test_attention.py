@@ -95,10 +95,30 @@ def test_forward(backend: Target) -> None:
             oracle.check_all(case, results, *({n: r[n] for n in results} for r in (theirs, wide)))
 
 
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_few_queries(threads: int) -> None:
+    """Decoding on the CPU: without gradients, up to 4 rows read keys in place, and threads share those of one head."""
+    sizes = [
+        {"shape": (2, 8, 1, 64), "S": 1100, "Hk": 2}, {"shape": (1, 2, 4, 136), "S": 1025, "Ev": 72},
+        {"shape": (1, 1, 2, 65), "S": 4100, "Ev": 33}, {"shape": (1, 4, 3, 64), "S": 1500},
+        {"shape": (1, 8, 1, 64), "Hk": 4, "lengths": ((1, 0), (2, 1030), (1, 1200), (0, 5))},
+    ]  # fmt: skip
+    masks = [*MASKS[:3], {"mask": "bias", "mask_dims": "hl"}, {"mask": "float", "mask_dims": "bs"}]
+    cases = pairwise(2, size=sizes, dtype=DTYPES, mask=masks, **OPTIONS)
+    torch.set_num_threads(threads)
+    with Oracle("few queries") as oracle:
+        for case in (replace(case, lse=True) for case in cases):
+            t = inputs(case, "cpu")
+            theirs, wide = torch_own(case, t), exact(case, t)
+            with torch.no_grad():
+                results = call(case, t, "cpu")
+            oracle.check_all(case, results, *({n: r[n] for n in results} for r in (theirs, wide)))
+
+
 def test_combinations(backend: Target) -> None:
     """Every value of every option beside every value of every other one, with every gradient."""
     cases = pairwise(size=SIZES, dtype=DTYPES, mask=MASKS, layout=("dense", "heads_last", "slices"), **OPTIONS)
-    judge_all("combinations", cases, backend, mean=True)
+    judge_all("combinations", cases, backend, mean=True, every=2)
 
 
 def test_as_precise_as_torch(backend: Target) -> None:
@@ -108,7 +128,7 @@ def test_as_precise_as_torch(backend: Target) -> None:
         Case(**size, **mask, dtype=dtype, is_causal=causal)
         for size, mask, dtype, causal in itertools.product(sizes, MASKS[:3], (F32, BF16, F16), (False, True))
     ]
-    judge_all("torch's own", cases, backend, mean=True, every=4)
+    judge_all("torch's own", cases, backend, mean=True, every=7)
 
 
 @pytest.mark.parametrize("mask", ["bool", "bias", "float"])
@@ -120,7 +140,7 @@ def test_masks(backend: Target, mask: str) -> None:
         Case(shape=(2, 3, 9, 8), S=13, mask=mask, mask_dims=d, dtype=dtype, lse=n % 3 == 0)
         for n, (d, dtype) in enumerate(itertools.product(dims, dtypes))
     ]
-    judge_all(f"{mask} masks", cases, backend, every=2)
+    judge_all(f"{mask} masks", cases, backend, every=3)
 
 
 def test_heads(backend: Target) -> None:
@@ -131,10 +151,18 @@ def test_heads(backend: Target) -> None:
         for dtype in (F32, F16)
         for causal in (False, True)
     ]
-    judge_all("heads", cases, backend, every=3)
+    judge_all("heads", cases, backend, every=5)
 
 
-WINDOWS = [None, (0, 0), (3, 0), (0, 4), (None, 2), (6, None), (-1, 1), (100, 100)]
+def test_few_queries_and_many_keys(backend: Target) -> None:
+    """The keys of one head in several parts, which share a sink, where a backend cuts them."""
+    case = Case(
+        shape=(1, 4, 2, 16), S=300, Hk=2, mask="bias", mask_dims="ls", sinks=True, lse=True, dtype=dtype_of(backend)
+    )
+    judge_all("few queries", [case, replace(case, mask="", is_causal=True, causal="bottom-right")], backend)
+
+
+WINDOWS = [None, (0, 0), (3, 0), (0, 4), (None, 2), (6, None), (-1, 1), (100, 100), (2**63 - 1, 2**63 - 1)]
 
 
 def test_windows(backend: Target) -> None:
@@ -146,12 +174,12 @@ def test_windows(backend: Target) -> None:
         for c in (False, True)
         for corner in ("top-left", "bottom-right")
     ]
-    judge_all("windows", dict.fromkeys(cases), backend, every=5)
+    judge_all("windows", dict.fromkeys(cases), backend, every=7)
 
 
 def test_scales(backend: Target) -> None:
     cases = [Case(scale=scale, dtype=dtype) for scale in (1.0, 0.0, -0.5, 2, 1e-20) for dtype in (F32, F16)]
-    judge_all("scales", cases, backend)
+    judge_all("scales", cases, backend, every=3)
 
 
 def test_edge_lengths(backend: Target) -> None:
@@ -159,7 +187,7 @@ def test_edge_lengths(backend: Target) -> None:
     edges = (1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 192)
     pairs = [*zip(edges, edges[::-1]), (1, 1), (64, 64), (128, 128), (129, 129), (64, 65), (65, 64), (128, 192)]
     cases = [Case(shape=(1, 1, L, 16), S=S, dtype=d, is_causal=L % 2 > 0) for L, S in pairs for d in (F32, F16, BF16)]
-    judge_all("lengths", cases, backend, every=3)
+    judge_all("lengths", cases, backend, every=5)
 
 
 def test_edge_head_sizes(backend: Target) -> None:
@@ -171,7 +199,7 @@ def test_edge_head_sizes(backend: Target) -> None:
         for n, (E, Ev) in enumerate(sizes)
         for d in (F32, BF16, F16)
     ]
-    judge_all("head sizes", cases, backend, every=3)
+    judge_all("head sizes", cases, backend, every=5)
 
 
 @pytest.mark.parametrize("head_size", [257, 320, 512])
@@ -179,7 +207,7 @@ def test_large_head_sizes(backend: Target, head_size: int) -> None:
     case = Case(shape=(1, 2, 5, head_size), S=7)
     if not case.served_by(backend.name):
         pytest.skip("the CUDA kernels leave them to Triton")
-    judge_all("large heads", [case, replace(case, Ev=8), replace(case, dtype=F64)], backend)
+    judge_all("large heads", [case, replace(case, Ev=8), replace(case, dtype=F64)], backend, every=3)
 
 
 @pytest.mark.parametrize("layout", ["heads_last", "slices", "step", "offset", "expanded", "features_first"])
@@ -189,7 +217,7 @@ def test_strided_inputs(backend: Target, layout: str) -> None:
         Case(shape=(2, 4, 9, E), S=11, Hk=Hk, dtype=dtype, layout=layout, is_causal=Hk is None)
         for dtype, E, Hk in ((F32, 16, None), (F16, 16, 2), (F32, 5, 2), (BF16, 24, None))
     ]
-    judge_all(f"layout {layout}", cases, backend)
+    judge_all(f"layout {layout}", cases, backend, every=3)
 
 
 @pytest.mark.parametrize("layout", ["transposed", "step", "expanded", "keys first"])
@@ -242,7 +270,7 @@ def test_empty(backend: Target, sizes: tuple[int, ...], sinks: bool) -> None:
 @pytest.mark.parametrize("rank", [2, 3, 5])
 def test_ranks(backend: Target, rank: int) -> None:
     """Two, three and five dimensions are four with other names."""
-    lead = {2: (), 3: (6,), 5: (2, 3, 2)}[rank]
+    lead = {2: (), 3: (3,), 5: (2, 1, 2)}[rank]
     dtype = dtype_of(backend)
     q, k, v, dout = (torch.randn(*lead, n, 8, device=backend.device).to(dtype) for n in (5, 7, 7, 5))
     bias = torch.randn(*lead, 5, 7, device=backend.device).to(dtype)
@@ -328,7 +356,7 @@ def test_packed(backend: Target) -> None:
     lengths = [{"lengths": n, "shape": (1, 4, 1, 16), "Hk": hk} for n, hk in zip(LENGTHS, (2, None, 4, 1))]
     masks = [*MASKS[:5], {"mask": "float", "mask_dims": "bhl"}, {"mask": "bias", "mask_dims": "l"}]
     cases = pairwise(3, lengths=lengths, dtype=DTYPES, mask=masks, **OPTIONS)
-    judge_all("packed", cases, backend, mean=True, every=3)
+    judge_all("packed", cases, backend, mean=True, every=5)
 
 
 def test_packed_layouts(backend: Target) -> None:
@@ -337,7 +365,7 @@ def test_packed_layouts(backend: Target) -> None:
         for layout in ("heads_last", "step", "offset", "features_first")
         for d in (F32, F16)
     ]
-    judge_all("packed layouts", cases, backend)
+    judge_all("packed layouts", cases, backend, every=3)
 
 
 def test_packed_is_the_loop(backend: Target) -> None:
@@ -373,7 +401,7 @@ def test_packed_with_room(backend: Target) -> None:
     case = Case(lengths=LENGTHS[0], shape=(1, 2, 1, 8), dtype=dtype_of(backend))
     t = inputs(case, backend.device)
     cu_q, cu_k, max_q, max_k = ends(case, backend.device)
-    for extra in (1, 100):
+    for extra in (1, 100, 2**40):
         out = pyops.varlen_attention(
             t["q"], t["k"], t["v"], cu_q, cu_k, max_q + extra, max_k + extra, backend=backend.name
         )
@@ -488,14 +516,42 @@ def test_large_scores(backend: Target) -> None:
     judge_all("large scores", cases, backend)
 
 
-@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
-def test_bad_values_stay_in_their_row(backend: Target, bad: float) -> None:
+@pytest.mark.parametrize("sizes", [(9, 300, 64), (2, 1100, 64), (70, 140, 64), (70, 40, 136)], ids=str)
+def test_backward_finds_the_scores_again(backend: Target, sizes: tuple[int, int, int]) -> None:
+    """To the bit, whichever kernel forward took: else weights of 1 are something else in dv."""
+    L, S, E = sizes
+    case = Case(shape=(1, 1, L, E), S=S, scale=500.0, dtype=F16)
+    t = inputs(case, backend.device)
+    results, theirs, wide = ours(case, t, backend.name), torch_own(case, t), exact(case, t)
+    with Oracle(f"{sizes} on {backend}") as oracle:
+        for name in ("out", "dv"):
+            oracle.check(name, results[name], theirs[name], wide[name])
+
+
+@pytest.mark.parametrize("sinks", [(-math.inf, 0.3), (math.inf, 0.3), (-math.inf, math.inf)], ids=str)
+@pytest.mark.parametrize("S", [0, 5])
+def test_infinite_sinks(backend: Target, S: int, sinks: tuple[float, float]) -> None:
+    """-inf is no sink; +inf takes everything, as a key at +inf does; neither has a gradient."""
+    case = Case(shape=(1, 2, 4, 8), S=S, lse=True, sinks=True, dtype=dtype_of(backend))
+    t = inputs(case, backend.device)
+    t["sinks"] = torch.tensor(sinks, device=backend.device, dtype=case.dtype).requires_grad_()
+    results, expected = ours(case, t, backend.name), ours(case, t, "eager")
+    for name, value in expected.items():
+        assert name == "lse" or value.isfinite().all()
+        torch.testing.assert_close(results[name], value, rtol=1e-2, atol=1e-3)
+    assert not results["dsinks"][t["sinks"].isinf()].any()
+
+
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan, "NaN with a payload"])
+def test_bad_values_stay_in_their_row(backend: Target, bad: float | str) -> None:
     """A query that is NaN or infinite spoils its own row and no other one."""
     case = Case(shape=(1, 2, 9, 16), S=12, dtype=dtype_of(backend))
     t = inputs(case, backend.device)
     clean = ours(case, t, backend.name)
     q = t["q"].detach().clone()
-    q[:, 0, 4, 3] = bad
+    q[:, 0, 4, 3] = math.nan if isinstance(bad, str) else bad
+    if isinstance(bad, str):
+        q.view({2: torch.int16, 4: torch.int32}[q.element_size()])[:, 0, 4, 3] += 1
     t["q"] = q.requires_grad_()
     marked = ours(case, t, backend.name)
     kept = torch.ones(2, 9, dtype=torch.bool, device=backend.device)
@@ -623,7 +679,7 @@ def test_only_some_gradients(backend: Target, sinks: bool) -> None:
     everything = inputs(case, backend.device)
     expected = ours(case, everything, backend.name)
     names = list(leaves_of(everything))
-    for size in range(1, len(names)):
+    for size in (1, len(names) - 1) if is_interpreted(backend) else range(1, len(names)):
         for wanted in itertools.combinations(names, size):
             t = {n: v.detach().requires_grad_(n in wanted) for n, v in everything.items()}
             results = ours(case, t, backend.name)

@@ -1,6 +1,7 @@
-// Backward: the weights are computed again from the saved maximum and sum of each row; five products per tile. All of
-// them in the accumulation type: weights and gradients of scores that are rounded to bf16 cost dq two thirds of its
-// accuracy (bench/notes/attention.md).
+// Backward: the weights are computed again from the saved maximum and sum of each row; five products per tile. The
+// products of inputs take the elements of the forward pass, so that scores are its scores to the bit. Weights and
+// gradients of scores stay in the accumulation type: rounded to bf16 they cost dq two thirds of its accuracy
+// (bench/notes/attention.md).
 #pragma once
 #include "attention_rows.h"
 
@@ -115,6 +116,7 @@ void store_dq(const AttentionBwdParams<T>& p, const Sequence& seq, int64_t hk, i
 template <typename T>
 struct BackwardScratch {
   using A = acc_t<T>;
+  using E = Element<T>;
   static constexpr int kStep = kStripStep<A>;
   static constexpr int kStrips = kQueries / kTileRows;
 
@@ -123,22 +125,26 @@ struct BackwardScratch {
         v_panels((p.Dv + kPanel<A> - 1) / kPanel<A>),
         d_columns(round_up(p.D, kLanes<A>)),
         v_columns(round_up(p.Dv, kLanes<A>)),
-        keys_t(d_columns * kKeys),
-        values_t(v_columns * kKeys),
+        d_steps(round_up(steps_of<E>(p.D), kLanes<A>)),
+        v_steps(round_up(steps_of<E>(p.Dv), kLanes<A>)),
+        keys_t(d_steps * kKeys),
+        values_t(v_steps * kKeys),
         keys(d_panels * kKeys * kPanel<A>),
         dk(round_up(kKeys, kTileRows) * d_columns),
         dv(round_up(kKeys, kTileRows) * v_columns),
-        queries_t(kStrips * d_columns * kStep),
-        douts_t(kStrips * v_columns * kStep),
+        queries_t(kStrips * d_steps * kStep),
+        douts_t(kStrips * v_steps * kStep),
         queries(d_panels * kQueries * kPanel<A>),
         douts(v_panels * kQueries * kPanel<A>),
         weights(kQueries * kKeys + kTileRows),
         dscores(kQueries * kKeys + kTileRows) {}
 
-  int64_t d_panels, v_panels, d_columns, v_columns;
-  Scratch<A> keys_t, values_t, keys, dk, dv;      // of the key block
-  Scratch<A> queries_t, douts_t, queries, douts;  // of the query block
-  Scratch<A> weights, dscores;                    // of both
+  int64_t d_panels, v_panels, d_columns, v_columns, d_steps, v_steps;
+  Scratch<E> keys_t, values_t;  // of the key block
+  Scratch<A> keys, dk, dv;
+  Scratch<E> queries_t, douts_t;  // of the query block
+  Scratch<A> queries, douts;
+  Scratch<A> weights, dscores;  // of both
   Scratch<QueryRow<T>> rows{kQueries};
 };
 
@@ -164,9 +170,7 @@ PYOPS_INLINE void differentiate_strip(const AttentionBwdParams<T>& p, const Sequ
     if constexpr (kDrop) {
       dropout_row(keep + view.lo, p.seed, rows[r].row, view.hi - view.lo, p.drop_threshold, j0 + view.lo);
     }
-    const auto weight_of = [&](int c) PYOPS_ALWAYS_INLINE {
-      return exp2<A, kPrecision<T>>(load(s + c, Full{}) - m) * inverse;
-    };
+    const auto weight_of = [&](int c) PYOPS_ALWAYS_INLINE { return exp2<A>(load(s + c, Full{}) - m) * inverse; };
     const auto drop = [&](int c, Vec<A> v) PYOPS_ALWAYS_INLINE {
       if constexpr (!kDrop) return v;
       auto kept = load_mask(keep + c, A{});
@@ -223,15 +227,16 @@ template <typename T>
 void backward_block(const AttentionBwdParams<T>& p, const Sequence& seq, int64_t hk, int64_t j0, const acc_t<T>* delta,
                     acc_t<T>* dq, BackwardScratch<T>& scratch) {
   using A = acc_t<T>;
+  using E = Element<T>;
   constexpr int kStep = kStripStep<A>;
   const int width = static_cast<int>(seq.S - j0 < kKeys ? seq.S - j0 : kKeys);
-  const int64_t Dc = scratch.d_columns, Vc = scratch.v_columns;
+  const int64_t Dc = scratch.d_columns, Vc = scratch.v_columns, Ds = scratch.d_steps, Vs = scratch.v_steps;
   const A scale = p.scale * kLog2E<A>;
   const bool need_dv = p.dv != nullptr, need_dk = p.dk != nullptr, need_dq = p.dq != nullptr;
   const auto key = [&](int j) { return at(p, p.k, p.k_stride, seq, seq.k_begin, hk, j0 + j); };
   const auto value = [&](int j) { return at(p, p.v, p.v_stride, seq, seq.k_begin, hk, j0 + j); };
-  pack_transposed<kPanel<A>, A, T>(key, width, p.D, A(1), scratch.keys_t.get(), Dc * kPanel<A>);
-  pack_transposed<kPanel<A>, A, T>(value, width, p.Dv, A(1), scratch.values_t.get(), Vc * kPanel<A>);
+  pack_transposed<kPanel<E>, E, T>(key, width, p.D, A(1), scratch.keys_t.get(), Ds * kPanel<E>);
+  pack_transposed<kPanel<E>, E, T>(value, width, p.Dv, A(1), scratch.values_t.get(), Vs * kPanel<E>);
   if (need_dq) pack_rows<A, T>(key, width, p.D, scratch.keys.get(), kKeys * kPanel<A>);
   const int key_rows = static_cast<int>(round_up(width, kTileRows));
   __builtin_memset(scratch.dk.get(), 0, key_rows * Dc * sizeof(A));
@@ -262,13 +267,15 @@ void backward_block(const AttentionBwdParams<T>& p, const Sequence& seq, int64_t
         __builtin_memset(d, 0, count * kKeys * sizeof(A));
       } else {
         any = true;
-        A *q = scratch.queries_t.get() + strip * Dc * kStep, *g = scratch.douts_t.get() + strip * Vc * kStep;
-        pack_transposed<kStep, A, T>([&](int r) { return query(first + r); }, count, p.D, scale, q, 0);
-        pack_transposed<kStep, A, T>([&](int r) { return dout(first + r); }, count, p.Dv, A(1), g, 0);
-        multiply<Into::product, 1, kStep>(count, q, scratch.keys_t.get() + view.lo * Dc, Dc * kPanel<A>,
-                                          static_cast<int>(p.D), s + view.lo, int64_t{kKeys}, view.hi - view.lo);
-        multiply<Into::product, 1, kStep>(count, g, scratch.values_t.get() + view.lo * Vc, Vc * kPanel<A>,
-                                          static_cast<int>(p.Dv), d + view.lo, int64_t{kKeys}, view.hi - view.lo);
+        E *q = scratch.queries_t.get() + strip * Ds * kStep, *g = scratch.douts_t.get() + strip * Vs * kStep;
+        pack_transposed<kStep, E, T>([&](int r) { return query(first + r); }, count, p.D, scale, q, 0);
+        pack_transposed<kStep, E, T>([&](int r) { return dout(first + r); }, count, p.Dv, A(1), g, 0);
+        multiply<Into::product, 1, kStep>(count, q, scratch.keys_t.get() + view.lo * Ds, Ds * kPanel<E>,
+                                          static_cast<int>(steps_of<E>(p.D)), s + view.lo, int64_t{kKeys},
+                                          view.hi - view.lo, is_pair<E> ? &scale : nullptr);
+        multiply<Into::product, 1, kStep>(count, g, scratch.values_t.get() + view.lo * Vs, Vs * kPanel<E>,
+                                          static_cast<int>(steps_of<E>(p.Dv)), d + view.lo, int64_t{kKeys},
+                                          view.hi - view.lo);
         if (p.seed == nullptr) {
           differentiate_strip<false, T>(p, seq, rows + first, count, view, j0, width, delta, s, d);
         } else {
@@ -312,27 +319,37 @@ void backward_block(const AttentionBwdParams<T>& p, const Sequence& seq, int64_t
   }
 }
 
-// delta_i = dout_i . (out_i + residue_i) - dlse_i of the rows of a unit.
+// delta_i = dout_i . (out_i + residue_i) - dlse_i of the rows of a unit, for those whose keys lie in several blocks.
+// Added up in the order of the products dout . v: where one key has all of the weight, the difference is exactly 0.
 template <typename T>
 void store_delta(const AttentionBwdParams<T>& p, const Sequence& seq, int64_t hk, acc_t<T>* delta) {
   using A = acc_t<T>;
   constexpr int L = kLanes<A>;
+  if (seq.S <= kKeys) return;
+  const int64_t size = round_up(p.Dv, L) * L;
+  Scratch<A> douts(size), outs(size), residues(p.residue == nullptr ? 0 : size);
   for (int64_t h = hk * (p.H / p.Hk); h < (hk + 1) * (p.H / p.Hk); ++h) {
-    for (int64_t i = 0; i < seq.L; ++i) {
-      const T* dout = at(p, p.dout, p.dout_stride, seq, seq.q_begin, h, i);
-      const T* out = at(p, p.out, p.out_stride, seq, seq.q_begin, h, i);
-      const T* residue = p.residue == nullptr ? nullptr : at(p, p.residue, p.residue_stride, seq, seq.q_begin, h, i);
-      Vec<A> sum{};
-      const auto add = [&](int64_t c, auto lanes) PYOPS_ALWAYS_INLINE {
-        Vec<A> value = load(out + c, lanes);
-        if (residue != nullptr) value += load(residue + c, lanes);
-        sum += load(dout + c, lanes) * value;
+    for (int64_t i = 0; i < seq.L; i += L) {
+      const int count = static_cast<int>(seq.L - i < L ? seq.L - i : L);
+      const auto pack = [&](const T* data, const AttentionStrides& stride, A* to) {
+        const auto row = [&](int r) { return at(p, data, stride, seq, seq.q_begin, h, i + r); };
+        pack_transposed<L, A, T>(row, count, p.Dv, A(1), to, 0);
       };
-      int64_t c = 0;
-      for (; c + L <= p.Dv; c += L) add(c, Full{});
-      if (c < p.Dv) add(c, Partial{static_cast<int>(p.Dv - c)});
-      const int64_t row = query_row(p, seq, h, i).row;
-      delta[row] = reduce_add<A>(sum) - (p.dlse != nullptr ? p.dlse[row] : A(0));
+      pack(p.dout, p.dout_stride, douts.get());
+      pack(p.out, p.out_stride, outs.get());
+      if (p.residue != nullptr) pack(p.residue, p.residue_stride, residues.get());
+      Vec<A> sum{};
+      for (int64_t c = 0; c < p.Dv; ++c) {
+        Vec<A> value = load(outs.get() + c * L, Full{});
+        if (p.residue != nullptr) value += load(residues.get() + c * L, Full{});
+        sum += load(douts.get() + c * L, Full{}) * value;
+      }
+      alignas(kVectorBytes) A sums[L];
+      store(sums, sum, Full{});
+      for (int r = 0; r < count; ++r) {
+        const int64_t row = query_row(p, seq, h, i + r).row;
+        delta[row] = sums[r] - (p.dlse != nullptr ? p.dlse[row] : A(0));
+      }
     }
   }
 }
@@ -371,7 +388,9 @@ void backward(const AttentionBwdParams<T>& p) {
       for (int64_t pair = deal.begin(part); pair < deal.end(part); ++pair) {
         const int64_t group = deal.group(pair), j0 = deal.block(pair) * kKeys;
         A* dq = p.dq == nullptr ? nullptr : sum_of(part, group);
-        if (group != current && dq != nullptr) __builtin_memset(dq, 0, group_rows * Dc * sizeof(A));
+        for (int64_t m = 0; group != current && dq != nullptr && m < groups.size; ++m) {
+          __builtin_memset(dq + begin_of(m) * Dc, 0, rows_of(group, m) * Dc * sizeof(A));
+        }
         current = group;
         if (p.dmask != nullptr) clear_dmask(p, groups.unit(group, 0), groups, j0);
         for (int64_t m = 0; m < groups.size; ++m) {

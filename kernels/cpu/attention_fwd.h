@@ -70,7 +70,7 @@ PYOPS_INLINE void softmax_strip(const AttentionParams<T>& p, const QueryRow<T>* 
     }
     const Vec<A> m = splat(held[r]);
     const auto weight = [&](int c, Vec<A>& total) PYOPS_ALWAYS_INLINE {
-      Vec<A> e = exp2<A, kPrecision<T>>(load(s + c, Full{}) - m);
+      Vec<A> e = exp2<A>(load(s + c, Full{}) - m);
       total += e;
       if constexpr (kDrop) {
         auto kept = load_mask(keep + c, A{});
@@ -201,12 +201,11 @@ void forward_rows(const AttentionFwdParams<T>& p, const Sequence& seq, int64_t h
 // ---- few queries: keys and values as they lie ----
 //
 // Packing a key block pays when many queries share it. Up to kLeastRows of them (decoding) read it in place, and where
-// there are fewer units than threads, several threads share the keys of one.
+// there are fewer units than threads, several threads share the keys of one. Not before a backward: the scores add up
+// in another order than there, and large ones would then exceed the saved maximum.
 
 constexpr int kFewRows = kLeastRows;
-// From this many keys on. The products add up in another order than backward's, which costs digits where scores are
-// large: a gradient behind a short call is worth more than its speed.
-constexpr int kManyKeys = 1024;
+constexpr int kManyKeys = 1024;  // from here on
 
 // Rows of a cache of keys lie a page or more apart, which the hardware's prefetchers do not follow.
 constexpr int kRowsAhead = 16;
@@ -298,8 +297,8 @@ struct FewRows {
 };
 
 template <typename T, typename A = acc_t<T>>
-void forward_few(const AttentionFwdParams<T>& p, const Sequence& seq, int64_t hk, Range keys, FewRows<T>& state, A* out,
-                 A* queries) {
+void forward_few(const AttentionFwdParams<T>& p, const Sequence& seq, int64_t hk, Range keys, bool has_sink,
+                 FewRows<T>& state, A* out, A* queries) {
   constexpr int L = kLanes<A>;
   const int64_t columns = round_up(p.D, L), Vc = round_up(p.Dv, L);
   const int n = static_cast<int>(p.H / p.Hk * seq.L);
@@ -314,8 +313,7 @@ void forward_few(const AttentionFwdParams<T>& p, const Sequence& seq, int64_t hk
       store(queries + r * columns + c, (left >= L ? load(q + c, Full{}) : load(q + c, Partial{left})) * scale, Full{});
     }
     begin_row(p, rows[r].h, state.max[r], state.sum + r * L);
-    // The sink belongs to the first part alone.
-    if (keys.begin > 0) {
+    if (!has_sink) {
       state.max[r] = -kInfinity<A>;
       store(state.sum + r * L, Vec<A>{}, Full{});
     }
@@ -395,7 +393,8 @@ void forward_few(const AttentionFwdParams<T>& p, int threads) {
       const Sequence seq = sequence(p, unit / p.Hk);
       Range keys = share((seq.S + kKeys - 1) / kKeys, static_cast<int>(task % parts), static_cast<int>(parts));
       keys = {keys.begin * kKeys, keys.end * kKeys};
-      forward_few(p, seq, unit % p.Hk, keys, states.get()[task], outs.get() + task * out_size, queries.get());
+      const bool has_sink = task % parts == 0;  // it belongs to one part alone
+      forward_few(p, seq, unit % p.Hk, keys, has_sink, states.get()[task], outs.get() + task * out_size, queries.get());
     }
     wait_for_all(count);
     const Range mine = share(units, thread, count);
@@ -428,7 +427,8 @@ RowBlocks row_blocks(const AttentionParams<T>& p, int threads) {
 template <typename T>
 void forward(const AttentionFwdParams<T>& p) {
   const int threads = attention_threads(p);
-  if (p.H / p.Hk * p.max_q <= kFewRows && p.max_k >= kManyKeys) return forward_few(p, threads);
+  const bool few = p.H / p.Hk * p.max_q <= kFewRows && p.max_k >= kManyKeys;
+  if (few && !p.differentiated) return forward_few(p, threads);
   const RowBlocks blocks = row_blocks(p, threads);
   const int64_t tasks = p.B * p.Hk * blocks.count, group = p.H / p.Hk;
   int64_t next = 0;

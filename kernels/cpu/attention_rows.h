@@ -35,9 +35,6 @@ constexpr int kColumnStep = kLanes<acc_t<T>> * (is_pair<Element<T>> ? 2 : 1);
 template <typename A>
 constexpr int kStripStep = static_cast<int>(round_up(kTileRows, kLanes<A>));
 
-template <typename T>
-constexpr Precision kPrecision = sizeof(T) == 2 ? Precision::half : Precision::full;
-
 template <typename A>
 constexpr A kInfinity = A(__builtin_inf());
 template <typename A>

@@ -164,13 +164,14 @@ constexpr int64_t steps_of(int64_t n) {
 }
 
 // Rows as columns: element k of row r, times factor, goes to column r of step k, for `count` rows of n numbers; zeros
-// for rows up to a multiple of L. Panels of kWidth columns lie `panel` elements apart; steps up to a multiple of L are
-// written. Pairs take no factor.
+// for rows up to a multiple of L (of pairs, whose products take whole panels, of kWidth). Panels of kWidth columns lie
+// `panel` elements apart; steps up to a multiple of L are written. Pairs take no factor.
 template <int kWidth, typename E, typename T, typename RowOf>
 PYOPS_INLINE void pack_transposed(RowOf&& row_of, int count, int64_t n, acc_t<T> factor, E* panels, int64_t panel) {
   constexpr int L = kLanes<E>;
   static_assert(kWidth % L == 0);
-  for (int r = 0; r < count; r += L) {
+  const int64_t columns = is_pair<E> ? round_up(count, kWidth) : count;
+  for (int r = 0; r < columns; r += L) {
     E* to = panels + r / kWidth * panel + r % kWidth;
     for (int64_t k = 0; k < steps_of<E>(n); k += L) {
       Vec<E> block[L];

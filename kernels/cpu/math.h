@@ -4,13 +4,9 @@
 
 namespace pyops::PYOPS_ISA {
 
-// How close a function has to come: to the arithmetic type, or to the 16-bit type that its result is rounded to.
-enum class Precision { full, half };
-
 // 2^f = 1 + f P(f) on [-1/2, 1/2]: P by Remez, for double by Taylor.
-constexpr float kExp2Full[] = {0.69314720286f,  0.24022647914f,   0.055503324712f,
-                               0.009618437357f, 0.0013398874394f, 0.00015353362069f};
-constexpr float kExp2Half[] = {0.69312419342f, 0.24024098612f, 0.055906424591f, 0.009582853029f};
+constexpr float kExp2Float[] = {0.69314720286f,  0.24022647914f,   0.055503324712f,
+                                0.009618437357f, 0.0013398874394f, 0.00015353362069f};
 constexpr double kExp2Double[] = {0.693147180559945309417,    0.240226506959100712333,    0.0555041086648215799531,
                                   0.00961812910762847716198,  0.00133335581464284434234,  0.000154035303933816099544,
                                   1.52527338040598402800e-05, 1.32154867901443094884e-06, 1.01780860092396997275e-07,
@@ -42,23 +38,21 @@ struct Float<double> {
   static constexpr int kMantissa = 52;
 };
 
-// 2^x for x <= 128 (1024). 1 ulp; 2^-18 of the result when Precision::half. Results below the least normal number are
-// 0; 2^0 is exactly 1, 2^-inf 0, 2^NaN NaN.
-template <typename A, Precision precision = Precision::full>
+// 2^x for x <= 128 (1024). 1 ulp. Results below the least normal number are 0; 2^0 is exactly 1, 2^-inf 0, 2^NaN NaN.
+template <typename A>
 PYOPS_INLINE Vec<A> exp2(Vec<A> x) {
   using F = Float<A>;
   const Vec<A> shifted = x + F::kRound, f = x - (shifted - F::kRound);
   Vec<A> p;
   if constexpr (sizeof(A) == 8) {
     p = polynomial<A>(f, kExp2Double);
-  } else if constexpr (precision == Precision::full) {
-    p = polynomial<A>(f, kExp2Full);
   } else {
-    p = polynomial<A>(f, kExp2Half);
+    p = polynomial<A>(f, kExp2Float);
   }
   p = p * f + A(1);
   const auto scaled = bit_cast<typename F::bits>(p) + (bit_cast<typename F::bits>(shifted) << F::kMantissa);
-  return x < F::kLeast ? Vec<A>{} : bit_cast<Vec<A>>(scaled);
+  // The sum of bits would make a number of a NaN.
+  return x < F::kLeast ? Vec<A>{} : x == x ? bit_cast<Vec<A>>(scaled) : x;
 }
 
 // tanh x = x + x^3 P(x^2) on [-5/8, 5/8], by Remez.

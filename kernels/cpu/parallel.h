@@ -6,6 +6,10 @@
 
 #include "simd.h"
 
+namespace pyops {
+[[noreturn]] void out_of_memory();  // throws (csrc/cpu_isa.cpp)
+}
+
 namespace pyops::PYOPS_ISA {
 
 // A parallel region costs a few microseconds: each thread must have this many elements to work on.
@@ -47,7 +51,8 @@ inline Range share(int64_t n, int index, int count) {
   return {begin, begin + base + (index < rest ? 1 : 0)};
 }
 
-// Aligned scratch of n elements, on the stack while small.
+// Aligned scratch of n elements, on the stack while small. What grows with the call is allocated outside of
+// in_parallel, where the exception can leave.
 template <typename T>
 class Scratch {
  public:
@@ -55,7 +60,7 @@ class Scratch {
     const int64_t bytes = (n * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64;
     data_ = bytes <= static_cast<int64_t>(sizeof(local_)) ? reinterpret_cast<T*>(local_)
                                                           : static_cast<T*>(aligned_alloc(64, bytes));
-    if (data_ == nullptr) abort();  // a few rows of memory: nothing sensible can follow
+    if (data_ == nullptr) out_of_memory();
   }
   ~Scratch() {
     if (reinterpret_cast<char*>(data_) != local_) free(data_);

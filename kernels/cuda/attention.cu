@@ -114,7 +114,8 @@ void launch_fwd(const AttentionFwdParams<T>& p, stream_t stream) {
 template <typename T, int kD>
 void fwd(const AttentionFwdParams<T>& p, stream_t stream) {
   constexpr bool kLarge = kD > 128;  // whose tiles are small always
-  if (is_plain(p) && (kLarge || !few_queries(p))) return launch_fwd<T, kD, true, kLarge>(p, stream);
+  // Backward must find these scores again to the bit, and has no plain kernels for large heads.
+  if (is_plain(p) && (kLarge ? !p.differentiated : !few_queries(p))) return launch_fwd<T, kD, true, kLarge>(p, stream);
   if (kLarge || few_queries(p)) return launch_fwd<T, kD, false, true>(p, stream);
   launch_fwd<T, kD, false, kLarge>(p, stream);
 }
@@ -192,7 +193,7 @@ void attention_bwd_cuda(const AttentionBwdParams<T>& p, stream_t stream) {
          grid_of(ceil_div(row_count(p) * kRowLanes, kAttentionThreads)), dim3(kAttentionThreads), 0, stream, p);
   with_head_size(p, [&](auto head_size) {
     constexpr bool kPlain = head_size <= 128;  // large head sizes have the general kernels only
-    if (kPlain && is_plain(p)) return bwd<T, head_size, kPlain>(p, stream);
+    if (kPlain && is_plain(p) && !few_queries(p)) return bwd<T, head_size, kPlain>(p, stream);  // as forward chose
     bwd<T, head_size, false>(p, stream);
   });
   if (p.dmask != nullptr) bwd_dmask(p, stream);

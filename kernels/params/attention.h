@@ -76,9 +76,10 @@ template <typename T>
 struct AttentionFwdParams : AttentionParams<T> {
   T* out;  // [B, H, L, Dv]
   AttentionStrides out_stride;
-  acc_t<T>* stats;       // [2, rows]: m2, then l
-  acc_t<T>* workspace;   // attention_fwd_workspace() elements, GPU only
-  T* residue = nullptr;  // like out: what rounding took from it; CPU only
+  acc_t<T>* stats;              // [2, rows]: m2, then l
+  acc_t<T>* workspace;          // attention_fwd_workspace() elements, GPU only
+  T* residue = nullptr;         // like out: what rounding took from it; CPU only
+  bool differentiated = false;  // whether a backward will compute the scores again
   AttentionStrides residue_stride = {};
 };
 

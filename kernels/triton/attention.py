@@ -348,7 +348,7 @@ def _attention_fwd_kernel(
 
     i = i0 + tl.arange(0, BLOCK_M)
     if sinks_ptr is not None:
-        m = tl.full([BLOCK_M], tl.load(sinks_ptr + h) * tl.full([], LOG2_E, ACC), ACC)
+        m = tl.full([BLOCK_M], tl.minimum(tl.load(sinks_ptr + h) * tl.full([], LOG2_E, ACC), MOST_BIAS), ACC)
         total = tl.where(m == -INF, 0.0, 1.0).to(ACC)
     else:
         m = tl.full([BLOCK_M], -INF, ACC)
@@ -1102,7 +1102,7 @@ def attention_fwd_workspace(q, k, v, mask, cu_q, max_q, max_k):  # noqa: ARG001
 def attention_fwd(
     q, k, v, mask, slopes, sinks, seed, cu_q, cu_k, out, residue, stats, workspace,  # noqa: ARG001
     scale, left, right, bottom_right, softcap, p, max_q, max_k,
-    num_threads=None,  # noqa: ARG001
+    num_threads=None, differentiated=False,  # noqa: ARG001
 ):  # fmt: skip
     H, L, D = q.shape[1:]
     Hk, S, DV = v.shape[1:]

@@ -124,7 +124,7 @@ class Attention:
         sizes = (q, k, v, bias, ends[0], *longest)
         options = (self.D**-0.5, -1, 0 if self.lengths else -1, False, 0.0, self.p, *longest, 1)
         workspace = torch.empty(backend.attention_fwd_workspace(*sizes))
-        backend.attention_fwd(*inputs, out, None, stats, workspace, *options)
+        backend.attention_fwd(*inputs, out, None, stats, workspace, *options, True)
         workspace = torch.empty(backend.attention_bwd_workspace(*sizes, dbias is not None))
         backend.attention_bwd(dout, None, *inputs, out, None, stats, dq, dk, dv, dbias, workspace, *options)
         return [t for t in (out, stats, dq, dk, dv, dbias) if t is not None]
