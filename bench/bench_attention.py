@@ -87,7 +87,12 @@ def attention(
 
         # As the projections of a Transformer layer leave them: (B, L, H, D) in memory.
         sizes = {"query": (B, L, H, D), "key": (B, S, Hk, D), "value": (B, S, Hk, D)}
-        named = {name: randn(*size).to(dtype).transpose(1, 2).requires_grad_() for name, size in sizes.items()}
+        # T5 leaves out the scale, and its weights of the query begin smaller by as much.
+        factor = {"query": D**-0.5 if scale == 1.0 else 1.0}
+        named = {
+            name: (randn(*size) * factor.get(name, 1.0)).to(dtype).transpose(1, 2).requires_grad_()
+            for name, size in sizes.items()
+        }
         attn_mask = _mask(mask, B, H, L, S, randn)
         if attn_mask is not None:
             named["attn_mask"] = attn_mask if mask != "bias" else attn_mask.to(dtype).requires_grad_()
