@@ -27,7 +27,7 @@ $(VENV)/.ready: requirements-dev.txt $(VENV)/.torch
 
 # The editable install once; afterwards ninja alone decides what a source edit rebuilds.
 $(VENV)/.installed: $(VENV)/.ready setup.py pyproject.toml
-	@echo "building the kernels: minutes with CUDA (where nvcc is found; PYOPS_CUDA=0 leaves it out), else half a minute"
+	@echo "building the kernels: minutes with CUDA (where nvcc is found; PYOPS_CUDA=0 leaves it out), else two"
 	$(PY) -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --editable .
 	@touch $@
 

@@ -78,8 +78,8 @@ def time_inference(models: dict[str, nn.Module], images: Tensor) -> dict[str, fl
     return {name: statistics.median(times) for name, times in seconds.items()}
 
 
-def time_layers(model: nn.Module, step: Callable[[], object]) -> dict[str, float]:
-    """Seconds of a training step by kind of layer, forward and backward, measured by hooks, and of all of it."""
+def _watched(model: nn.Module) -> dict[str, float]:
+    """Where the seconds that each kind of layer takes, forward and backward, add up from now on, by hooks."""
     spent: dict[str, float] = {}
     start: dict[str, float] = {}
 
@@ -99,13 +99,23 @@ def time_layers(model: nn.Module, step: Callable[[], object]) -> dict[str, float
         for kind in KINDS:
             if isinstance(module, kind):
                 watch(module, kind.__name__)
-    step()  # warm up
-    spent.clear()
-    began = time.perf_counter()
-    for _ in range(TIMED_STEPS):
-        step()
-    spent["step"] = time.perf_counter() - began
-    return {kind: seconds / TIMED_STEPS for kind, seconds in spent.items()}
+    return spent
+
+
+def time_layers(models: dict[str, nn.Module], steps: dict[str, Callable[[], object]]) -> dict[str, dict[str, float]]:
+    """Median seconds of a training step by kind of layer, and of all of it; the models take turns."""
+    spent = {name: _watched(model) for name, model in models.items()}
+    samples: dict[str, list[dict[str, float]]] = {name: [] for name in models}
+    for turn in range(1 + TIMED_STEPS):  # the first one warms up
+        for name in _rotated(models, turn):
+            spent[name].clear()
+            began = time.perf_counter()
+            steps[name]()
+            samples[name].append(spent[name] | {"step": time.perf_counter() - began})
+    return {
+        name: {kind: statistics.median(sample[kind] for sample in taken[1:]) for kind in taken[0]}
+        for name, taken in samples.items()
+    }
 
 
 def layers_table(times: dict[str, dict[str, float]]) -> Table:
@@ -182,10 +192,9 @@ def main(arguments: list[str] | None = None) -> int:
     exact = results(copy.deepcopy(stock).double(), batch[0].double(), batch[1])
     error = {name: errors(model, exact, *batch) for name, model in models.items()}
 
-    layers = {}
-    for name, model in models.items():
-        probe = copy.deepcopy(model)
-        layers[name] = time_layers(probe, Trainer(probe, *batch, epochs=1 + TIMED_STEPS).train_epoch)
+    probes = copy.deepcopy(models)
+    steps = {name: Trainer(probe, *batch, epochs=1 + TIMED_STEPS).train_epoch for name, probe in probes.items()}
+    layers = time_layers(probes, steps)
     trainers = {
         name: Trainer(model, train_images, train_labels, options.epochs, options.seed) for name, model in models.items()
     }

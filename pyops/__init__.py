@@ -1,5 +1,7 @@
 """Fused neural-network kernels for PyTorch on CPU, CUDA and Triton, with gradients of every order."""
 
+import torch
+
 from . import nn
 from .attention import scaled_dot_product_attention, varlen_attention
 from .backend import explain, use_backend
@@ -20,3 +22,7 @@ __all__ = [
     "use_backend",
     "varlen_attention",
 ]
+
+# torch.fx keeps a call of pyops.<name> as one node: it patches the namespace that the caller looks into.
+for _name in sorted({*__all__} - {"explain", "nn", "replace", "use_backend"}):
+    torch.fx.wrap(_name)

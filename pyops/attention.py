@@ -665,7 +665,7 @@ def _check_options(
     if causal not in ("top-left", "bottom-right"):
         _fail(op, "causal", 'be "top-left" or "bottom-right"', repr(causal))
     if causal == "bottom-right" and left < 0 and right < 0 and alibi_slopes is None:
-        _fail(op, "causal", "stand beside is_causal, window or alibi_slopes", repr(causal))
+        _fail(op, "causal", "stand beside is_causal=True, window or alibi_slopes", repr(causal))
     return _Options(left, right, causal == "bottom-right", float(softcap))
 
 
@@ -680,7 +680,7 @@ def _check_heads(op: str, names: Sequence[str], heads: Sequence[int], enable_gqa
     H = query if query != 1 else key if key != 1 else value
     for name, n in zip(names, heads):
         if n not in (1, H):
-            remedy = "" if n == 0 or H % n else ", or enable_gqa=True"
+            remedy = "" if n == 0 or H % n else " (any divisor with enable_gqa=True)"
             _fail(op, name, f"have {H} heads, or 1{remedy}", n)
     return H
 
@@ -689,7 +689,8 @@ def _check_mask(op: str, mask: Any, q: Tensor, first: str, shape: Sequence[int])
     _check_tensor(op, "attn_mask", mask, q, first)
     wide = mask.dtype == torch.float32
     if mask.dtype != torch.bool and mask.dtype != q.dtype and not wide:
-        _fail(op, "attn_mask", f"have dtype bool, that of {first}, {q.dtype}, or float32", mask.dtype, TypeError)
+        kinds = "bool or float32" if q.dtype == torch.float32 else f"bool, {q.dtype} as {first}, or float32"
+        _fail(op, "attn_mask", f"have dtype {kinds}", mask.dtype, TypeError)
     fits = mask.dim() <= len(shape) and all(m in (1, n) for m, n in zip(mask.shape[::-1], shape[::-1]))
     if not fits:
         _fail(op, "attn_mask", f"have a shape that broadcasts to {tuple(shape)}", tuple(mask.shape))

@@ -212,7 +212,7 @@ def _multihead_attention(
     inputs = (query, key, value)
     features = (E, *(w.shape[-1] for w in (in_proj_weights * 3)[1:3]))
     if is_causal and attn_mask is None:
-        _fail("attn_mask", "be given with is_causal, which says of it that it is causal", None)
+        _fail("attn_mask", "be given beside is_causal=True, which only says that the mask is causal", None)
     if query.is_nested or key.is_nested or value.is_nested:
         others = {"key_padding_mask": key_padding_mask, "attn_mask": attn_mask, "add_bias_kv": bias_k}
         _check_nested(inputs, features, batch_first, others | {"add_zero_attn": add_zero_attn or None})

@@ -860,6 +860,9 @@ def test_fx_keeps_calls_as_nodes() -> None:
     assert called == ["scaled_dot_product_attention"]
     q, k = torch.randn(1, 2, 5, 8), torch.randn(1, 2, 7, 8)
     assert torch.equal(traced(q, k), Traced()(q, k))
+    public = torch.fx.symbolic_trace(lambda q, k: pyops.layer_norm(pyops.scaled_dot_product_attention(q, k, k), (8,)))
+    expected = pyops.layer_norm(pyops.scaled_dot_product_attention(q, k, k), (8,))
+    assert torch.equal(public(q, k), expected)
 
 
 def test_backward_on_another_thread(kernels: Target) -> None:

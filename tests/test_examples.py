@@ -140,10 +140,10 @@ def test_errors_are_relative_to_the_exact_result(data: tuple) -> None:
 def test_layers_are_parts_of_a_step() -> None:
     model = nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64), pyops.nn.LayerNorm(64))
     x = torch.randn(64, 64)
-    times = demo.time_layers(model, lambda: model(x).sum().backward())
+    times = demo.time_layers({"stock": model}, {"stock": lambda: model(x).sum().backward()})["stock"]
     assert set(times) == {"LayerNorm", "step"}
     assert 0 < times["LayerNorm"] < times["step"]
-    assert set(demo.time_layers(nn.Linear(64, 64), lambda: None)) == {"step"}
+    assert set(demo.time_layers({"stock": nn.Linear(64, 64)}, {"stock": lambda: None})["stock"]) == {"step"}
 
 
 GOOD = {"replaced": 9, "test": {"stock": 0.97, "pyops": 0.96}, "error": {"stock": (1e-6, 1e-6), "pyops": (2e-6, 2e-6)}}

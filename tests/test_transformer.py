@@ -496,7 +496,7 @@ WRONG: list[tuple[dict, dict, type, str]] = [
     ({"key_padding_mask": torch.zeros(B, L)}, {}, ValueError, r"key_padding_mask must have shape \(3, 9\), got"),
     ({"attn_mask": torch.zeros(S, L)}, {}, ValueError, r"attn_mask must have shape \(6, 9\) or \(12, 6, 9\), got"),
     ({"attn_mask": torch.zeros(B, L, S)}, {}, ValueError, r"attn_mask must have shape .*, got \(3, 6, 9\)"),
-    ({"is_causal": True}, {}, ValueError, "attn_mask must be given with is_causal"),
+    ({"is_causal": True}, {}, ValueError, "attn_mask must be given beside is_causal=True"),
     ({"query": nested((2, 3))}, {}, TypeError, "key must be nested, strided, .* where one of the inputs is nested"),
     ({"query": "nested", "attn_mask": torch.zeros(L, S)}, {}, ValueError, "attn_mask must be None for nested inputs"),
     ({"query": "nested"}, {"batch_first": False}, ValueError, "batch_first must be True for nested inputs, got"),
