@@ -444,26 +444,10 @@ def _bwd_fake(dout, dlse, q, k, v, mask, slopes, sinks, *rest):  # noqa: ARG001
     return tuple(_present(t, dout) for t in grads)
 
 
-def _per_sample(op: Any, info: Any, in_dims: tuple, args: tuple) -> tuple:
-    """One call for each sample: with dropout, every sample has the mask that it would have alone."""
-    if info.batch_size == 0:
-        one = [a.new_zeros(a.shape[:d] + a.shape[d + 1 :]) if isinstance(d, int) else a for a, d in zip(args, in_dims)]
-        results = tuple(r.new_empty(0, *r.shape) for r in op(*one))
-        return results, (0,) * len(results)
-    runs = []
-    for i in range(info.batch_size):
-        picked = [a.select(d, i) if isinstance(d, int) else a for a, d in zip(args, in_dims)]
-        runs.append(op(*picked))
-    results = tuple(torch.stack(r) for r in zip(*runs))
-    return results, (0,) * len(results)
-
-
 def _fold(t: Tensor | None, dim: int | None, size: int) -> Tensor | None:
     """The vmapped dimension merged into the first one, the batch."""
-    if t is None:
-        return None
-    t = t.movedim(dim, 0) if dim is not None else t.expand(size, *t.shape)
-    return t.flatten(0, 1)
+    t = autograd.batched_first(t, dim, size)
+    return None if t is None else t.flatten(0, 1)
 
 
 def _folded_mask(mask: Tensor | None, dim: int | None, size: int, B: int) -> Tensor | None:
@@ -478,7 +462,7 @@ def _fwd_vmap(info, in_dims, *args):
     op, size = torch.ops.pyops.attention_fwd.default, info.batch_size
     q, k, v, mask, slopes, sinks, seed, cu_q, cu_k, *config = args
     if size == 0 or seed is not None or cu_q is not None or in_dims[5] is not None:
-        return _per_sample(op, info, in_dims, args)
+        return autograd.per_sample(op, info, in_dims, args)
     q, k, v, slopes = (_fold(t, d, size) for t, d in zip((q, k, v, slopes), (*in_dims[:3], in_dims[4])))
     mask = _folded_mask(mask, in_dims[3], size, q.shape[0] // size)
     out, lse, residue, stats = op(q, k, v, mask, slopes, sinks, seed, cu_q, cu_k, *config)
@@ -495,7 +479,7 @@ def _bwd_vmap(info, in_dims, *args):
     dout, dlse, q, k, v, mask, slopes, sinks, seed, cu_q, cu_k, out, residue, stats, *config, needs = args
     summed = any(needs[3:])  # over the batch
     if size == 0 or seed is not None or cu_q is not None or in_dims[7] is not None or summed:
-        return _per_sample(op, info, in_dims, args)
+        return autograd.per_sample(op, info, in_dims, args)
     dout, dlse, q, k, v, slopes, out, residue = (
         _fold(t, d, size)
         for t, d in zip((dout, dlse, q, k, v, slopes, out, residue), (*in_dims[:5], in_dims[6], *in_dims[11:13]))

@@ -66,6 +66,33 @@ class Rule:
         raise NotImplementedError
 
 
+# ---- what the vmap rules of the operators share ----
+
+
+def batched_first(t: torch.Tensor | None, dim: int | None, size: int) -> torch.Tensor | None:
+    """The batch dimension in front, expanded where there is none."""
+    if t is None:
+        return None
+    return t.movedim(dim, 0) if dim is not None else t.expand(size, *t.shape)
+
+
+def per_sample(op: Callable, info: Any, in_dims: tuple, args: tuple) -> tuple:
+    """One call for each sample: with dropout, every sample has the mask that it would have alone."""
+    if info.batch_size == 0:
+        one = [a.new_zeros(a.shape[:d] + a.shape[d + 1 :]) if isinstance(d, int) else a for a, d in zip(args, in_dims)]
+        results = tuple(r.new_empty(0, *r.shape) for r in op(*one))
+        return results, (0,) * len(results)
+    runs = []
+    for i in range(info.batch_size):
+        picked = [a.select(d, i) if isinstance(d, int) else a for a, d in zip(args, in_dims)]
+        runs.append(op(*picked))
+    results = tuple(torch.stack(r) for r in zip(*runs))
+    return results, (0,) * len(results)
+
+
+# ---- the Functions ----
+
+
 def make(rule: type[Rule]) -> tuple[Callable, type, type]:
     """The ways into autograd of a rule: (direct, plain.apply, functorch.apply).
 

@@ -355,35 +355,14 @@ def _bwd_fake(dy, dsum, saved, weight, bias, stats, seed, *config_needs):  # noq
     return tuple(grads)
 
 
-def _batched_first(t: Tensor | None, dim: int | None, size: int) -> Tensor | None:
-    """The batch dimension in front, expanded where there is none."""
-    if t is None:
-        return None
-    return t.movedim(dim, 0) if dim is not None else t.expand(size, *t.shape)
-
-
-def _per_sample(op: Any, info: Any, in_dims: tuple, args: tuple) -> tuple:
-    """One call for each sample: with dropout, every sample has the mask that it would have alone."""
-    if info.batch_size == 0:
-        one = [a.new_zeros(a.shape[:d] + a.shape[d + 1 :]) if isinstance(d, int) else a for a, d in zip(args, in_dims)]
-        results = tuple(r.new_empty(0, *r.shape) for r in op(*one))
-        return results, (0,) * len(results)
-    runs = []
-    for i in range(info.batch_size):
-        picked = [a.select(d, i) if isinstance(d, int) else a for a, d in zip(args, in_dims)]
-        runs.append(op(*picked))
-    results = tuple(torch.stack(r) for r in zip(*runs))
-    return results, (0,) * len(results)
-
-
 @torch.library.register_vmap("pyops::layer_norm_fwd", lib=_library)
 def _fwd_vmap(info, in_dims, x, residual, weight, bias, seed, *config):
     op = torch.ops.pyops.layer_norm_fwd.default
     if seed is not None:
-        return _per_sample(op, info, in_dims, (x, residual, weight, bias, seed, *config))
+        return autograd.per_sample(op, info, in_dims, (x, residual, weight, bias, seed, *config))
     c = Config(*config)
     size = info.batch_size
-    x, residual = _batched_first(x, in_dims[0], size), _batched_first(residual, in_dims[1], size)
+    x, residual = autograd.batched_first(x, in_dims[0], size), autograd.batched_first(residual, in_dims[1], size)
     if in_dims[2] is None and in_dims[3] is None:
         flat = x.flatten(0, -4) if c.channels_first else x
         y, total, stats = op(flat, residual, weight, bias, None, *config)
@@ -391,7 +370,8 @@ def _fwd_vmap(info, in_dims, x, residual, weight, bias, seed, *config):
             y, stats = y.unflatten(0, x.shape[:-3]), stats.unflatten(1, x.shape[:-3])
     else:
         weight, bias = (
-            t if d is None else _batched_first(t, d, size) for t, d in ((weight, in_dims[2]), (bias, in_dims[3]))
+            t if d is None else autograd.batched_first(t, d, size)
+            for t, d in ((weight, in_dims[2]), (bias, in_dims[3]))
         )
         y, total, mean, rstd = definition(x, residual, weight, bias, None, c)
         total = _absent(x) if residual is None else total
@@ -403,12 +383,12 @@ def _fwd_vmap(info, in_dims, x, residual, weight, bias, seed, *config):
 def _bwd_vmap(info, in_dims, dy, dsum, saved, weight, bias, stats, seed, *config_needs):
     if seed is not None:
         op = torch.ops.pyops.layer_norm_bwd.default
-        return _per_sample(op, info, in_dims, (dy, dsum, saved, weight, bias, stats, seed, *config_needs))
+        return autograd.per_sample(op, info, in_dims, (dy, dsum, saved, weight, bias, stats, seed, *config_needs))
     *config, needs = config_needs
     size = info.batch_size
-    dy, dsum, saved = (_batched_first(t, d, size) for t, d in zip((dy, dsum, saved), in_dims))
+    dy, dsum, saved = (autograd.batched_first(t, d, size) for t, d in zip((dy, dsum, saved), in_dims))
     weight, bias = (
-        t if d is None else _batched_first(t, d, size) for t, d in ((weight, in_dims[3]), (bias, in_dims[4]))
+        t if d is None else autograd.batched_first(t, d, size) for t, d in ((weight, in_dims[3]), (bias, in_dims[4]))
     )
     stats = stats[:, None] if in_dims[5] is None else stats.movedim(in_dims[5], 1)
     # Per-sample parameter gradients are not what the kernels sum: the formula keeps the batch apart.

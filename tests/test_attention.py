@@ -900,6 +900,8 @@ def test_head_size_grid(backend: Target, head_size: int) -> None:
         valid(Case(shape=(2, 4, L, head_size), S=S, Hk=2, dtype=d, is_causal=c, mask=m, mask_dims="hls"))
         for (L, S), d, c, m in itertools.product(((4, 8), (143, 64), (64, 587)), DTYPES, (False, True), ("", "bias"))
     ]
+    if not on(backend, cases):
+        pytest.skip("the CUDA kernels leave the head size to Triton")
     judge_all("head sizes", cases, backend, every=10)
 
 

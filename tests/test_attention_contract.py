@@ -9,8 +9,6 @@ import os
 import re
 import subprocess
 import sys
-import threading
-import time
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -622,58 +620,6 @@ def test_offsets_beyond_32_bits(kernels: Target) -> None:
 
 
 # ---- threads, processes, instruction sets ----
-
-
-def test_other_threads_run_meanwhile() -> None:
-    """The interpreter lock is released around the work."""
-    torch.set_num_threads(1)
-    q = torch.zeros(1, 1, 4096, 64)
-    running, done = threading.Event(), threading.Event()
-
-    def work() -> None:
-        running.set()
-        pyops.scaled_dot_product_attention(q, q, q, backend="cpu")
-        done.set()
-
-    worker = threading.Thread(target=work)
-    worker.start()
-    running.wait()
-    ticks = 0
-    while not done.is_set():
-        time.sleep(0.001)
-        ticks += 1
-    worker.join()
-    assert ticks >= 5, "this thread stood still while the other one computed"
-
-
-FORK = """
-import torch, pyops
-from torch.utils.data import DataLoader, Dataset
-
-def attend(seed):
-    torch.manual_seed(seed)
-    q = torch.randn(2, 4, 130, 32)
-    return pyops.scaled_dot_product_attention(q, q, q, is_causal=True, backend="cpu")
-
-class Attended(Dataset):
-    def __len__(self):
-        return 4
-    def __getitem__(self, i):
-        return attend(i)
-
-torch.set_num_threads(2)
-here = [attend(i) for i in range(4)]  # parallel regions before the fork
-for i, batch in enumerate(DataLoader(Attended(), batch_size=None, num_workers=2, multiprocessing_context="fork")):
-    assert torch.equal(batch, here[i])
-attend(0)
-print("done")
-"""
-
-
-def test_forked_data_loader() -> None:
-    """A worker forked after a parallel region computes, and does not wait for threads that the fork left behind."""
-    done = subprocess.run([sys.executable, "-c", FORK], capture_output=True, text=True, cwd=ROOT, timeout=120)
-    assert done.stdout == "done\n", done.stderr[-3000:]
 
 
 ISA_SCRIPT = """

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -86,15 +87,23 @@ def test_two_python_threads() -> None:
     assert not problems
 
 
-def test_other_threads_run_meanwhile() -> None:
+LONG_CALLS: dict[str, tuple[tuple[int, ...], Callable[[torch.Tensor], object]]] = {
+    "layer_norm": ((2**13, 2**12), lambda x: pyops.layer_norm(x, 2**12, backend="cpu")),
+    "attention": ((1, 1, 4096, 64), lambda x: pyops.scaled_dot_product_attention(x, x, x, backend="cpu")),
+}
+
+
+@pytest.mark.parametrize("name", LONG_CALLS)
+def test_other_threads_run_meanwhile(name: str) -> None:
     """The interpreter lock is released around the work."""
     torch.set_num_threads(1)
-    x = torch.zeros(2**13, 2**12)
+    shape, function = LONG_CALLS[name]
+    x = torch.zeros(shape)
     running, done = threading.Event(), threading.Event()
 
     def work() -> None:
         running.set()
-        pyops.layer_norm(x, 2**12, backend="cpu")
+        function(x)
         done.set()
 
     worker = threading.Thread(target=work)
@@ -112,26 +121,34 @@ FORK = """
 import torch, pyops
 from torch.utils.data import DataLoader, Dataset
 
-class Normalised(Dataset):
+class Computed(Dataset):
     def __len__(self):
         return 4
     def __getitem__(self, i):
         torch.manual_seed(i)
-        return pyops.layer_norm(torch.randn(600, 100), 100, backend="cpu")
+        x = torch.randn({shape})
+        return {call}
 
 torch.set_num_threads(2)
-pyops.layer_norm(torch.randn(600, 100), 100, backend="cpu")  # a parallel region before the fork
-here = [Normalised()[i] for i in range(4)]
-for i, batch in enumerate(DataLoader(Normalised(), batch_size=None, num_workers=2, multiprocessing_context="fork")):
+here = [Computed()[i] for i in range(4)]  # parallel regions before the fork
+for i, batch in enumerate(DataLoader(Computed(), batch_size=None, num_workers=2, multiprocessing_context="fork")):
     assert torch.equal(batch, here[i])
-pyops.layer_norm(torch.randn(600, 100), 100, backend="cpu")  # and one after it
+Computed()[0]  # and one after it
 print("done")
 """
 
 
-def test_forked_data_loader() -> None:
+@pytest.mark.parametrize(
+    ("shape", "call"),
+    [
+        ((600, 100), 'pyops.layer_norm(x, 100, backend="cpu")'),
+        ((2, 4, 130, 32), 'pyops.scaled_dot_product_attention(x, x, x, is_causal=True, backend="cpu")'),
+    ],
+    ids=["layer_norm", "attention"],
+)
+def test_forked_data_loader(shape: tuple[int, ...], call: str) -> None:
     """A worker forked after a parallel region computes, and does not wait for threads that the fork left behind."""
-    assert succeed(FORK) == "done\n"
+    assert succeed(FORK.format(shape=shape, call=call)) == "done\n"
 
 
 FRESH = """

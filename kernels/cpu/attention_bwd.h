@@ -267,10 +267,7 @@ void backward_block(const AttentionBwdParams<T>& p, const Sequence& seq, int64_t
         __builtin_memset(d, 0, count * kKeys * sizeof(A));
       } else {
         any = true;
-        if (n > first + count) {
-          const int left = n - first - count;
-          prefetch_mask(p, rows + first + count, left < kTileRows ? left : kTileRows, j0, width);
-        }
+        prefetch_mask(p, rows + first + count, n - first - count, j0, width);
         E *q = scratch.queries_t.get() + strip * Ds * kStep, *g = scratch.douts_t.get() + strip * Vs * kStep;
         pack_transposed<kStep, E, T>([&](int r) { return query(first + r); }, count, p.D, scale, q, 0);
         pack_transposed<kStep, E, T>([&](int r) { return dout(first + r); }, count, p.Dv, A(1), g, 0);

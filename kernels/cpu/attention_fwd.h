@@ -166,10 +166,7 @@ void forward_rows(const AttentionFwdParams<T>& p, const Sequence& seq, int64_t h
         pack_rows<E, T>([&](int j) { return at(p, p.v, p.v_stride, seq, seq.k_begin, hk, j0 + j); }, width, p.Dv,
                         scratch.values.get(), kKeys * kPanel<E>);
       }
-      if (n > first + count) {
-        const int left = n - first - count;
-        prefetch_mask(p, rows + first + count, left < kTileRows ? left : kTileRows, j0, width);
-      }
+      prefetch_mask(p, rows + first + count, n - first - count, j0, width);
       A* scores = scratch.scores.get();
       multiply<Into::product, 1, kStep>(count, scratch.queries.get() + strip * Dp * kStep,
                                         scratch.keys.get() + view.lo * Dp, Dp * kPanel<E>,

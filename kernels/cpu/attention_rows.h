@@ -233,13 +233,13 @@ __attribute__((noinline)) MaskSpan span_of_mask(const AttentionParams<T>& p, con
   return span.lo < span.hi ? span : MaskSpan{from, from, false};
 }
 
-// Asks for the mask of a strip's rows against a key block ahead of its use. Rows of a mask lie a page or so apart,
-// which the hardware's prefetchers do not follow.
+// Asks for the mask of the strip at the head of n rows, against a key block, ahead of its use. Rows of a mask lie a
+// page or so apart, which the hardware's prefetchers do not follow.
 template <typename T>
 PYOPS_INLINE void prefetch_mask(const AttentionParams<T>& p, const QueryRow<T>* rows, int n, int64_t j0, int width) {
   if (p.mask == nullptr || p.mask_stride[2] == 0 || p.mask_stride[3] == 0) return;
   const int bytes = mask_bytes(p.mask_kind, sizeof(T));
-  for (int r = 0; r < n; ++r) {
+  for (int r = 0; r < n && r < kTileRows; ++r) {
     for (int byte = 0; byte < width * bytes; byte += 64) __builtin_prefetch(rows[r].mask + j0 * bytes + byte);
   }
 }
