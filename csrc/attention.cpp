@@ -23,7 +23,6 @@ namespace {
 
 constexpr const char* kFwd = "attention_fwd";
 constexpr const char* kBwd = "attention_bwd";
-constexpr const char* kResidueRule = "only the CPU kernels know a residue";
 
 bool same_device(const TensorView& a, const TensorView& b) {
   return a.t.device.device_type == b.t.device.device_type && a.t.device.device_id == b.t.device.device_id;
@@ -273,13 +272,14 @@ void attention_fwd(const TensorView& q, const TensorView& k, const TensorView& v
   const Sizes s = sizes(q, k, v, cu_q, max_q, max_k, kFwd);
   const Options o{scale, left, right, bottom_right, softcap, p, num_threads};
   require(out && stats, kFwd, "an output is missing");
-  require(!residue || !on_cuda(q), kFwd, kResidueRule);
   dispatch_dtype(kFwd, q, [&](auto t) {
     using T = typename decltype(t)::type;
     auto params = filled<AttentionFwdParams<T>, T>(q, k, v, mask, slopes, sinks, seed, cu_q, cu_k, s, o, kFwd);
     params.out = strided<T>(out, q, s.Dv, params.out_stride, kFwd, "out must be like q, with a dense last dimension");
     params.residue = strided<T>(residue, q, s.Dv, params.residue_stride, kFwd, "residue must be like out");
-    if (on_cuda(q)) require(has_aligned_rows(out), kFwd, "rows must start at multiples of 16 bytes");
+    for (const TensorView* t : {&out, &residue}) {
+      require(!*t || !on_cuda(q) || has_aligned_rows(*t), kFwd, "rows must start at multiples of 16 bytes");
+    }
     params.stats = dense<acc_t<T>>(stats, q, 2 * q.size(0) * s.H * s.L, kFwd, "stats must be dense [2, B, H, L]");
     params.workspace = checked_workspace<T>(params, workspace, q, kFwd);
     params.differentiated = differentiated;
@@ -297,7 +297,6 @@ void attention_bwd(const TensorView& dout, const TensorView& dlse, const TensorV
   const Sizes s = sizes(q, k, v, cu_q, max_q, max_k, kBwd);
   const Options o{scale, left, right, bottom_right, softcap, p, num_threads};
   require(dout && out && stats, kBwd, "an input is missing");
-  require(!residue || !on_cuda(q), kBwd, kResidueRule);
   dispatch_dtype(kBwd, q, [&](auto t) {
     using T = typename decltype(t)::type;
     using A = acc_t<T>;
@@ -306,7 +305,7 @@ void attention_bwd(const TensorView& dout, const TensorView& dlse, const TensorV
     params.dout = strided<const T>(dout, q, s.Dv, params.dout_stride, kBwd, "dout must be like out");
     params.out = strided<const T>(out, q, s.Dv, params.out_stride, kBwd, "out must be like q");
     params.residue = strided<const T>(residue, q, s.Dv, params.residue_stride, kBwd, "residue must be like out");
-    for (const TensorView* t : {&dout, &out, &dq, &dk, &dv}) {
+    for (const TensorView* t : {&dout, &out, &residue, &dq, &dk, &dv}) {
       require(!*t || !on_cuda(q) || has_aligned_rows(*t), kBwd, "rows must start at multiples of 16 bytes");
     }
     params.stats = dense<A>(stats, q, 2 * rows, kBwd, "stats must be dense [2, B, H, L]");

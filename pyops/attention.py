@@ -245,7 +245,7 @@ def _lse(stats: Tensor) -> Tensor:
 
 def _has_residue(q: Tensor, c: Config) -> bool:
     """Whether forward also returns what rounding took from out (kernels/params/attention.h)."""
-    return c.differentiated and q.dtype.itemsize == 2 and c.backend in KEEPS_RESIDUE
+    return c.differentiated and q.dtype.itemsize == 2
 
 
 def _sizes(q: Tensor, k: Tensor, cu_q: Tensor | None, c: Config) -> tuple[tuple[int, int, int, int], bool]:
@@ -583,7 +583,6 @@ def _cuda_limit(q: Tensor, k: Tensor, v: Tensor) -> str | None:
 # By name, for explain() too: a reason, or None.
 LIMITS = {"cuda": _cuda_limit}
 NEEDS_ALIGNED_ROWS = {"cuda"}
-KEEPS_RESIDUE = {"cpu"}
 
 
 # ---- validation ----

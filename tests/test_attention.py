@@ -660,16 +660,20 @@ def test_double_backward_has_no_nan(backend: Target, infinite: float) -> None:
 
 @pytest.mark.parametrize("mask_dims", ["hls", "hl"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_gradients_of_peaked_weights(dtype: torch.dtype, mask_dims: str) -> None:
-    """Scores as T5's, unscaled: delta nearly cancels. 16-bit gradients on the CPU are the exact ones, rounded."""
+def test_gradients_of_peaked_weights(kernels: Target, dtype: torch.dtype, mask_dims: str) -> None:
+    """Scores as T5's, unscaled: delta nearly cancels. 16-bit gradients on the CPU are the exact ones, rounded; the GPU
+    kernels round factors of products too."""
     case = Case((1, 2, 40, 64), 50, dtype=dtype, scale=1.0, mask="bias", mask_dims=mask_dims, sinks=True, lse=True)
-    t = inputs(case, "cpu")
-    expected, found = exact(case, t), ours(case, t, "cpu")
+    if not on(kernels, [case]):
+        pytest.skip("Triton's interpreter multiplies the raw bits of bfloat16")
+    t = inputs(case, kernels.device)
+    expected, found = exact(case, t), ours(case, t, kernels.name)
     for name, want in expected.items():
         if name != "lse":
             rounded = (want.to(found[name].dtype).double() - want).norm()
             floor = torch.finfo(torch.float32).eps * 32 * want.norm()
-            assert (found[name].double() - want).norm() < 1.2 * rounded + floor, name
+            most = (1.2 if kernels.name == "cpu" else 1.8) * rounded + floor
+            assert (found[name].double() - want).norm() < most, name
 
 
 @pytest.mark.parametrize("sinks", [False, True])

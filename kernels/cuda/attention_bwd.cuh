@@ -11,7 +11,7 @@ __device__ __forceinline__ RowStats* row_stats(const AttentionBwdParams<T>& p) {
   return reinterpret_cast<RowStats*>(p.workspace);
 }
 
-// delta = dout . out - dlse of each row. kRowLanes threads share a row.
+// delta = dout . (out + residue) - dlse of each row. kRowLanes threads share a row.
 template <typename T>
 __global__ void __launch_bounds__(kAttentionThreads)
     attention_bwd_rows_kernel(const __grid_constant__ AttentionBwdParams<T> p) {
@@ -22,13 +22,16 @@ __global__ void __launch_bounds__(kAttentionThreads)
   if (row < rows) {
     const T* out = find_row(p, p.out, p.out_stride, row);
     const T* dout = find_row(p, p.dout, p.dout_stride, row);
+    const T* residue = p.residue == nullptr ? nullptr : find_row(p, p.residue, p.residue_stride, row);
     for (int d = lane * 8; d < p.Dv; d += kRowLanes * 8) {
       const Vec<uint32_t, 4> a = load_vec<4>(reinterpret_cast<const uint32_t*>(out + d));
       const Vec<uint32_t, 4> b = load_vec<4>(reinterpret_cast<const uint32_t*>(dout + d));
+      Vec<uint32_t, 4> c{};
+      if (residue != nullptr) c = load_vec<4>(reinterpret_cast<const uint32_t*>(residue + d));
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        delta += low<T>(a[i]) * low<T>(b[i]);
-        delta += high<T>(a[i]) * high<T>(b[i]);
+        delta += (low<T>(a[i]) + low<T>(c[i])) * low<T>(b[i]);
+        delta += (high<T>(a[i]) + high<T>(c[i])) * high<T>(b[i]);
       }
     }
   }

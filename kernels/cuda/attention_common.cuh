@@ -65,6 +65,11 @@ __device__ __forceinline__ float high(uint32_t pair) {
   return to_acc(T{uint16_t(pair >> 16)});
 }
 
+template <typename T>
+__device__ __forceinline__ float lost_by_rounding(float x) {
+  return x - to_acc(from_acc<T>(x));
+}
+
 // ----------------------------------------------------------------------------------------------- sequences and windows
 
 // Rows of all sequences.

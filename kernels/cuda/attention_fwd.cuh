@@ -162,11 +162,19 @@ __global__ void __launch_bounds__(kAttentionThreads, FwdPlan<kD, kPlain, kSmall>
         }
       }
     }
-    store_rows<kD, Order::queries>(
-        o, [&](int m, int half) { return scale[m][half]; }, shared.tiles + warp_row * kPitch<kD>, int(p.Dv),
-        [&](int r) -> T* {
-          return warp_row + r < count ? shared.rows.find(p.out, p.out_stride, seq, warp_row + r) : nullptr;
-        });
+    for_each_element<kM, kD / 8>([&](int m, int n, int e) { o[m][n][e] *= scale[m][e / 2]; });
+    const auto store = [&](T* to, const AttentionStrides& stride) {
+      store_rows<kD, Order::queries>(
+          o, [](int, int) { return 1.0f; }, shared.tiles + warp_row * kPitch<kD>, int(p.Dv),
+          [&](int r) -> T* {
+            return warp_row + r < count ? shared.rows.find(to, stride, seq, warp_row + r) : nullptr;
+          });
+    };
+    store(p.out, p.out_stride);
+    if (p.residue != nullptr) {
+      for_each_element<kM, kD / 8>([&](int m, int n, int e) { o[m][n][e] = lost_by_rounding<T>(o[m][n][e]); });
+      store(p.residue, p.residue_stride);
+    }
     return;
   }
 
@@ -223,10 +231,18 @@ __global__ void __launch_bounds__(kAttentionThreads)
         for (int j = 0; j < 4; ++j) sum[i + j] += part[j] * by;
       }
     }
-    Vec<uint32_t, 4> packed;
+    const auto store = [&](T* to) {
+      Vec<uint32_t, 4> packed;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) packed[i] = pack2<T>(sum[2 * i], sum[2 * i + 1]);
-    store_vec(reinterpret_cast<uint32_t*>(out + d), packed);
+      for (int i = 0; i < 4; ++i) packed[i] = pack2<T>(sum[2 * i], sum[2 * i + 1]);
+      store_vec(reinterpret_cast<uint32_t*>(to + d), packed);
+    };
+    store(out);
+    if (p.residue != nullptr) {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) sum[i] = lost_by_rounding<T>(sum[i]);
+      store(find_row(p, p.residue, p.residue_stride, row));
+    }
   }
 }
 

@@ -21,7 +21,7 @@
 //   dv_j = sum_i P'_ij dout_i,  dq_i = scale * sum_j dS_ij k_j,  dk_j = scale * sum_i dS_ij q_i
 //
 // Where one key has almost all of the weight, dP and delta cancel, and dS shows how 16 bits rounded out. With a
-// residue, delta_i = dout_i . (out_i + residue_i) - dlse_i; on the CPU only.
+// residue, delta_i = dout_i . (out_i + residue_i) - dlse_i.
 //
 // Rows. Query i of head h of sequence b has the row (b H + h) L + i. With cu_q and cu_k (packed sequences, then batch
 // strides are ignored): L and S count all sequences together, sequence b holds queries cu_q[b] .. cu_q[b + 1] and keys
@@ -78,7 +78,7 @@ struct AttentionFwdParams : AttentionParams<T> {
   AttentionStrides out_stride;
   acc_t<T>* stats;              // [2, rows]: m2, then l
   acc_t<T>* workspace;          // attention_fwd_workspace() elements, GPU only
-  T* residue = nullptr;         // like out: what rounding took from it; CPU only
+  T* residue = nullptr;         // like out: what rounding took from it, or null
   bool differentiated = false;  // whether a backward will compute the scores again
   AttentionStrides residue_stride = {};
 };

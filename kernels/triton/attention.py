@@ -278,11 +278,13 @@ def _attention_fwd_kernel(
     cu_q_ptr,  # [B + 1] or None
     cu_k_ptr,  # [B + 1] or None
     out_ptr,  # [B, H, L, Dv]
+    residue_ptr,  # like out, or None
     stats_ptr,  # [2, rows]
     q_stride_b, q_stride_h, q_stride_l,
     k_stride_b, k_stride_h, k_stride_l,
     v_stride_b, v_stride_h, v_stride_l,
     out_stride_b, out_stride_h, out_stride_l,
+    residue_stride_b, residue_stride_h, residue_stride_l,
     mask_stride_b, mask_stride_h, mask_stride_l,
     blocks,  # of queries
     chunks,  # of Dv
@@ -400,6 +402,12 @@ def _attention_fwd_kernel(
     weight = tl.full([], dropout_scale, ACC) / tl.where(total == 0, 1.0, total)
     out = tl.where((total == 0)[:, None], 0.0, acc * weight[:, None])
     _store(out, out_ptr, out_stride, i0, queries, chunk * OUT_DV, DV)
+    if residue_ptr is not None:
+        residue_ptr, residue_stride = _head(
+            residue_ptr, b, h, q_first, residue_stride_b, residue_stride_h, residue_stride_l, UNIT, PACKED
+        )
+        lost = out - out.to(T).to(ACC)
+        _store(lost, residue_ptr, residue_stride, i0, queries, chunk * OUT_DV, DV)
     end = tl.where(chunk == 0, queries, 0)
     tl.store(stats_ptr + row0 + i, m, mask=i < end)
     tl.store(stats_ptr + rows + row0 + i, total, mask=i < end)
@@ -409,12 +417,14 @@ def _attention_fwd_kernel(
 def _attention_bwd_delta_kernel(
     dout_ptr,  # [B, H, L, Dv]
     out_ptr,  # [B, H, L, Dv]
+    residue_ptr,  # like out, or None
     stats_ptr,  # [2, rows]
     dlse_ptr,  # [rows] or None
     cu_q_ptr,  # [B + 1] or None
     delta_ptr,  # [rows]
     dout_stride_b, dout_stride_h, dout_stride_l,
     out_stride_b, out_stride_h, out_stride_l,
+    residue_stride_b, residue_stride_h, residue_stride_l,
     blocks,
     H,
     L,
@@ -437,11 +447,17 @@ def _attention_bwd_delta_kernel(
     row0 = _row0(b, h, H, L, q_first, PACKED)
     dout_ptr, dout_stride = _head(dout_ptr, b, h, q_first, dout_stride_b, dout_stride_h, dout_stride_l, UNIT, PACKED)
     out_ptr, out_stride = _head(out_ptr, b, h, q_first, out_stride_b, out_stride_h, out_stride_l, UNIT, PACKED)
+    if residue_ptr is not None:
+        residue_ptr, residue_stride = _head(
+            residue_ptr, b, h, q_first, residue_stride_b, residue_stride_h, residue_stride_l, UNIT, PACKED
+        )
     i = i0 + tl.arange(0, BLOCK_M)
     delta = tl.zeros([BLOCK_M], ACC)
     for d0 in range(0, DV, CHUNK_D):
         dout = _load(dout_ptr, dout_stride, i0, queries, d0, BLOCK_M, CHUNK_D, DV, True).to(ACC)
         out = _load(out_ptr, out_stride, i0, queries, d0, BLOCK_M, CHUNK_D, DV, True).to(ACC)
+        if residue_ptr is not None:
+            out += _load(residue_ptr, residue_stride, i0, queries, d0, BLOCK_M, CHUNK_D, DV, True)
         delta += tl.sum(dout * out, axis=1)
     if dlse_ptr is not None:
         delta -= tl.load(dlse_ptr + row0 + i, mask=i < queries, other=0)
@@ -1113,11 +1129,12 @@ def attention_fwd(
     _, OUT_DV = _fit(tiles, DV)
     blocks = triton.cdiv(max_q, tiles.BLOCK_M)
     chunks = triton.cdiv(DV, OUT_DV)
-    unit = _unit(q, k, v, out)
+    unit = _unit(q, k, v, out, residue)
     with torch.cuda.device_of(q):
         _attention_fwd_kernel[(B * H * blocks * chunks,)](
-            q, k, v, mask, slopes, sinks, seed, cu_q, cu_k, out, stats,
-            *_strides(q, unit), *_strides(k, unit), *_strides(v, unit), *_strides(out, unit), *mask_strides,
+            q, k, v, mask, slopes, sinks, seed, cu_q, cu_k, out, residue, stats,
+            *_strides(q, unit), *_strides(k, unit), *_strides(v, unit), *_strides(out, unit),
+            *_strides(residue, unit), *mask_strides,
             blocks, chunks, H, H // Hk, L, S, stats[0].numel(),
             D=D, DV=DV, UNIT=unit, MASK_J=0 if mask is None else mask.stride(3), INNER=q.element_size() == 2,
             BLOCK_M=tiles.BLOCK_M, BLOCK_N=tiles.BLOCK_N, CHUNK_D=CHUNK_D, OUT_DV=OUT_DV,
@@ -1168,14 +1185,15 @@ def attention_bwd(
     heavy = _heavy(mask, slopes, seed, softcap)
     rows = stats[0].numel()
     delta = workspace[:rows]
-    unit = _unit(dout, q, k, v, out, dq, dk, dv)
+    unit = _unit(dout, q, k, v, out, residue, dq, dk, dv)
     inputs = [*_strides(dout, unit), *_strides(q, unit), *_strides(k, unit), *_strides(v, unit)]
     sizes = H, H // Hk, L, S, rows
 
     with torch.cuda.device_of(q):
         blocks = triton.cdiv(max_q, _DELTA_ROWS)
         _attention_bwd_delta_kernel[(B * H * blocks,)](
-            dout, out, stats, dlse, cu_q, delta, *_strides(dout, unit), *_strides(out, unit), blocks, H, L, rows,
+            dout, out, residue, stats, dlse, cu_q, delta, *_strides(dout, unit), *_strides(out, unit),
+            *_strides(residue, unit), blocks, H, L, rows,
             DV=DV, UNIT=unit, BLOCK_M=_DELTA_ROWS, CHUNK_D=min(_pad(DV), 128), num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
 

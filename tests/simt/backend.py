@@ -37,7 +37,7 @@ ARGUMENTS = {
 OUTPUTS = {
     "layer_norm_fwd": {"y", "sum", "mean", "rstd"},
     "layer_norm_bwd": {"dx", "dresidual", "dweight", "dbias", "workspace"},
-    "attention_fwd": {"out", "stats", "workspace"},
+    "attention_fwd": {"out", "residue", "stats", "workspace"},
     "attention_bwd": {"dq", "dk", "dv", "dmask", "workspace"},
 }
 
