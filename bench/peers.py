@@ -45,7 +45,9 @@ class Compile(Peer):
     name = "compile"
     options: dict = {}
 
-    def provide(self, case: Case) -> Callable:
+    def provide(self, case: Case) -> Callable | None:
+        if case.params.get("steps", 0) > 20:  # it unrolls the steps: minutes for a case
+            return None
         return torch.compile(case.eager, dynamic=False, **self.options)
 
 
@@ -53,6 +55,44 @@ class CompileMaxAutotune(Compile):
     name = "compile max-autotune"
     devices = ("cuda",)
     options = {"mode": "max-autotune-no-cudagraphs"}
+
+
+class TorchCells(Peer):
+    """A loop of torch's own cells, as it is written where a step needs more than nn.LSTM offers."""
+
+    name = "torch cells"
+
+    def lstm(self, case: Case) -> Callable | None:
+        if case.params["packed"] or case.params["proj"]:
+            return None
+
+        def run(x, w_ih, w_hh, b_ih, b_hh, h0, c0):
+            h, c, ys = h0[0], c0[0], []
+            for step in x.unbind(0):
+                h, c = torch.lstm_cell(step, (h, c), w_ih, w_hh, b_ih, b_hh)
+                ys.append(h)
+            return torch.stack(ys), h[None], c[None]
+
+        return run
+
+    def _one_state(self, case: Case, cell: Callable) -> Callable | None:
+        if case.params["packed"]:
+            return None
+
+        def run(x, w_ih, w_hh, b_ih, b_hh, h0):
+            h, ys = h0[0], []
+            for step in x.unbind(0):
+                h = cell(step, h, w_ih, w_hh, b_ih, b_hh)
+                ys.append(h)
+            return torch.stack(ys), h[None]
+
+        return run
+
+    def gru(self, case: Case) -> Callable | None:
+        return self._one_state(case, torch.gru_cell)
+
+    def rnn(self, case: Case) -> Callable | None:
+        return self._one_state(case, torch.rnn_tanh_cell)
 
 
 class SdpaMath(Peer):
@@ -155,7 +195,7 @@ class Quack(Peer):
         return lambda x, weight: rmsnorm(x, weight, eps=eps)
 
 
-PEERS = (Eager, Compile, CompileMaxAutotune, SdpaMath, SdpaFlash, SdpaEfficient, SdpaCudnn, Liger, Quack)
+PEERS = (Eager, Compile, CompileMaxAutotune, TorchCells, SdpaMath, SdpaFlash, SdpaEfficient, SdpaCudnn, Liger, Quack)
 OURS = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
 
 

@@ -35,6 +35,7 @@ PYBIND11_MODULE(PYOPS_MODULE_NAME, m) {
   });
   pyops::bind_attention(m);
   pyops::bind_layer_norm(m);
+  pyops::bind_recurrent(m);
 #ifndef PYOPS_SIMT
   m.attr("cpu_isa") = pyops::cpu_isa_name(pyops::cpu_isa());
   m.attr("cpu_isa_best") = pyops::cpu_isa_name(pyops::cpu_isa_best());

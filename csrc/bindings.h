@@ -6,5 +6,6 @@ namespace pyops {
 
 void bind_attention(pybind11::module_& m);
 void bind_layer_norm(pybind11::module_& m);
+void bind_recurrent(pybind11::module_& m);
 
 }  // namespace pyops

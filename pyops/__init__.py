@@ -6,6 +6,7 @@ from . import nn
 from .attention import scaled_dot_product_attention, varlen_attention
 from .backend import explain, use_backend
 from .layer_norm import add_layer_norm, layer_norm, layer_norm2d, rms_norm
+from .recurrent import gru, gru_cell, lstm, lstm_cell, rnn, rnn_cell
 from .replace import replace
 
 __version__ = "0.1.0"
@@ -13,11 +14,17 @@ __version__ = "0.1.0"
 __all__ = [
     "add_layer_norm",
     "explain",
+    "gru",
+    "gru_cell",
     "layer_norm",
     "layer_norm2d",
+    "lstm",
+    "lstm_cell",
     "nn",
     "replace",
     "rms_norm",
+    "rnn",
+    "rnn_cell",
     "scaled_dot_product_attention",
     "use_backend",
     "varlen_attention",

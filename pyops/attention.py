@@ -730,13 +730,6 @@ def _autocast(tensors: Sequence[Any]) -> Sequence[Any]:
     return *map(cast, inputs), mask
 
 
-def _distinct(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """Views in the place of repeated tensors: Dynamo takes each input of a Function once."""
-    return [
-        t.view_as(t) if t is not None and any(t is other for other in tensors[:i]) else t for i, t in enumerate(tensors)
-    ]
-
-
 def _torch_serves(mask, slopes, sinks, cu_q, q: Tensor, c: Config) -> bool:
     """Whether F.scaled_dot_product_attention can express the call."""
     plain = slopes is None and sinks is None and cu_q is None and not c.return_lse and c.softcap == 0
@@ -765,7 +758,7 @@ def _run(q, k, v, mask, slopes, sinks, cu_q, cu_k, c: Config) -> tuple[Tensor, T
     if differentiated:
         c = c._replace(differentiated=True)
     if is_compiling():
-        tensors = _distinct(tensors)
+        tensors = autograd.distinct(tensors)
     outputs = _apply_plain(direct, c, *tensors)
     return outputs if c.return_lse else (outputs, None)
 

@@ -46,6 +46,11 @@ class Rule:
         raise NotImplementedError
 
     @staticmethod
+    def constants(results: tuple, config: tuple) -> tuple:  # noqa: ARG004
+        """The results that callers see and that carry none."""
+        return ()
+
+    @staticmethod
     def saved(tensors: Tensors, results: tuple, config: tuple) -> tuple:
         """What backward reads: ``n_saved`` tensors or None."""
         raise NotImplementedError
@@ -88,6 +93,13 @@ def per_sample(op: Callable, info: Any, in_dims: tuple, args: tuple) -> tuple:
         runs.append(op(*picked))
     results = tuple(torch.stack(r) for r in zip(*runs))
     return results, (0,) * len(results)
+
+
+def distinct(tensors: Tensors) -> list[torch.Tensor | None]:
+    """Views in the place of repeated tensors: Dynamo takes each input of a Function once."""
+    return [
+        t.view_as(t) if t is not None and any(t is other for other in tensors[:i]) else t for i, t in enumerate(tensors)
+    ]
 
 
 # ---- the Functions ----
@@ -175,12 +187,16 @@ def make(rule: type[Rule]) -> tuple[Callable, type, type]:
             ctx.save_for_backward(*rule.saved(tensors, results, config))
             ctx.direct, ctx.config = direct, config
             ctx.set_materialize_grads(False)
+            constants = rule.constants(results, config)
+            if constants:
+                ctx.mark_non_differentiable(*constants)
+                return *outputs, *constants
             return outputs[0] if len(outputs) == 1 else outputs
 
         @staticmethod
         def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple:
             needs = ctx.needs_input_grad[2:]
-            return (None, None, *differentiate(ctx.direct, grads, ctx.saved_tensors, ctx.config, needs))
+            return (None, None, *differentiate(ctx.direct, grads[:n_grads], ctx.saved_tensors, ctx.config, needs))
 
     class Functorch(torch.autograd.Function):
         generate_vmap_rule = True

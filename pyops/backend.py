@@ -25,6 +25,7 @@ from types import ModuleType
 
 import torch
 from torch.autograd import forward_ad
+from torch.nn.utils.rnn import PackedSequence
 
 logger = logging.getLogger("pyops")
 
@@ -114,6 +115,12 @@ FUNCTIONS = {
     "scaled_dot_product_attention": ("attention", ("query", "key", "value")),
     "attention": ("attention", ("query", "key", "value")),
     "varlen_attention": ("attention", ("q", "k", "v")),
+    "lstm": ("recurrent", ("input",)),
+    "gru": ("recurrent", ("input",)),
+    "rnn": ("recurrent", ("input",)),
+    "lstm_cell": ("recurrent", ("input",)),
+    "gru_cell": ("recurrent", ("input",)),
+    "rnn_cell": ("recurrent", ("input",)),
 }
 OPERATIONS = tuple(name for name, (stem, _) in FUNCTIONS.items() if stem == "layer_norm")
 SERVES_JAGGED = ("layer_norm", "rms_norm")  # by torch's own operator
@@ -229,7 +236,7 @@ def explain(op: str, *args: object, backend: str | None = None, **kwargs: object
     Args:
         op: the name of a pyops function, "layer_norm" for instance.
         args, kwargs: its arguments, positional or by name; nothing is computed, and only the tensors that decide are
-            looked at: x, or query, key and value.
+            looked at: x, or query, key and value, or input.
         backend: as in the function itself.
 
     Returns:
@@ -239,6 +246,7 @@ def explain(op: str, *args: object, backend: str | None = None, **kwargs: object
         raise ValueError(f"explain: op must be one of {', '.join(FUNCTIONS)}, got {op!r}")
     stem, names = FUNCTIONS[op]
     tensors = [*args[: len(names)], *(kwargs.get(name) for name in names[len(args) :])]
+    tensors = [t.data if isinstance(t, PackedSequence) else t for t in tensors]
     for name, tensor in zip(names, tensors):
         if not isinstance(tensor, torch.Tensor):
             raise TypeError(f"explain: {name} must be a torch.Tensor, got {type(tensor).__name__}")

@@ -567,13 +567,6 @@ def _float(t: Tensor | None) -> Tensor | None:
     return t if t is None or t.dtype == torch.float64 else t.float()
 
 
-def _distinct(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """Views in the place of repeated tensors: Dynamo takes each input of a Function once."""
-    return [
-        t.view_as(t) if t is not None and any(t is other for other in tensors[:i]) else t for i, t in enumerate(tensors)
-    ]
-
-
 def _run(x, residual, weight, bias, seed, c: Config):
     """A valid call by the way that the surroundings allow: (y,) or (y, sum)."""
     if c.backend == "torch" and residual is None and not c.channels_first:
@@ -595,7 +588,7 @@ def _run(x, residual, weight, bias, seed, c: Config):
         y, total, _ = forward_leaf(x, residual, weight, bias, seed, c, statistics=False)
         return (y,) if residual is None else (y, total)
     if is_compiling():
-        tensors = _distinct(tensors)
+        tensors = autograd.distinct(tensors)
     outputs = _apply_plain(direct, c, *tensors, seed)
     if residual is not None:
         return outputs

@@ -29,6 +29,12 @@ _SWAPS = (
     _Swap("attention", nn.MultiheadAttention, fused.MultiheadAttention),
     _Swap("attention", nn.TransformerEncoderLayer, fused.TransformerEncoderLayer),
     _Swap("attention", nn.TransformerDecoderLayer, fused.TransformerDecoderLayer),
+    _Swap("recurrent", nn.LSTM, fused.LSTM),
+    _Swap("recurrent", nn.GRU, fused.GRU),
+    _Swap("recurrent", nn.RNN, fused.RNN),
+    _Swap("recurrent", nn.LSTMCell, fused.LSTMCell),
+    _Swap("recurrent", nn.GRUCell, fused.GRUCell),
+    _Swap("recurrent", nn.RNNCell, fused.RNNCell),
 )
 _STEMS = tuple(dict.fromkeys(swap.stem for swap in _SWAPS))
 
@@ -107,8 +113,8 @@ def replace(model: nn.Module, *, only: _Entries = None, skip: _Entries = None, d
         model: any module, also a single layer. Call this before the model is traced, quantised or sharded; `undo()`
             it before torch.jit.script, which takes no pyops module.
         only: replace nothing but these. One entry or several, each of them
-            a stem, "layer_norm" or "attention" (the layers of that family; this reading wins over a path of the same
-            name),
+            a stem, "layer_norm", "attention" or "recurrent" (the layers of that family; this reading wins over a path
+            of the same name),
             a module path with shell-style wildcards ("encoder.*.norm1"), or a module class.
             A path or class selects the modules that it matches and everything inside them. None: everything.
         skip: leave these alone; wins over `only`.
@@ -222,7 +228,7 @@ def _lineage(path: str) -> list[str]:
 
 def _find_swap(module: nn.Module) -> _Swap | None:
     for swap in _SWAPS:
-        if isinstance(module, swap.torch_class):
+        if isinstance(module, (swap.torch_class, swap.fused_class)):
             return swap
         if isinstance(module, torch.jit.ScriptModule) and module.original_name == swap.torch_class.__name__:
             return swap

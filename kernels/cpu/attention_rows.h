@@ -13,32 +13,12 @@ constexpr int kKeys = 256;
 constexpr int kChunk = 32;      // keys whose mask is looked at together
 constexpr int kMostRows = 480;  // queries against one packed key block
 
-template <typename T>
-struct ElementOf {
-  using type = acc_t<T>;
-};
-#if defined(__AVX512BF16__)
-template <>
-struct ElementOf<bf16> {
-  using type = Bf16Pair;
-};
-#endif
-// What the products of T read: pairs of bf16 where the processor multiplies them, else the accumulation type.
-template <typename T>
-using Element = typename ElementOf<T>::type;
-
 // Scores are computed from a whole panel of keys on, up to a whole vector of weights.
 template <typename T>
 constexpr int kColumnStep = kLanes<acc_t<T>> * (is_pair<Element<T>> ? 2 : 1);
 
-// From one step to the next in a packed strip of queries.
-template <typename A>
-constexpr int kStripStep = static_cast<int>(round_up(kTileRows, kLanes<A>));
-
 template <typename A>
 constexpr A kInfinity = A(__builtin_inf());
-template <typename A>
-constexpr A kLog2E = A(1.44269504088896340736);
 // Of a bias: in base 2 the largest finite number, negative, and 2^100.
 template <typename A>
 constexpr A kLowestBias = sizeof(A) == 8 ? A(-1.2460659279417836e308) : A(-2.3586574359122396e38);

@@ -47,6 +47,24 @@ constexpr int kLeastRows = kTileRows / 3;  // every number of rows is rounded up
 
 constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
+template <typename T>
+struct ElementOf {
+  using type = acc_t<T>;
+};
+#if defined(__AVX512BF16__)
+template <>
+struct ElementOf<bf16> {
+  using type = Bf16Pair;
+};
+#endif
+// What the products of T read: pairs of bf16 where the processor multiplies them, else the accumulation type.
+template <typename T>
+using Element = typename ElementOf<T>::type;
+
+// From one step to the next in a packed strip of rows of A.
+template <typename A>
+constexpr int kStripStep = static_cast<int>(round_up(kTileRows, kLanes<A>));
+
 // What becomes of C.
 enum class Into {
   product,  // C = A B, times scale[0] where scale is not null

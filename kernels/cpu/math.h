@@ -55,6 +55,57 @@ PYOPS_INLINE Vec<A> exp2(Vec<A> x) {
   return x < F::kLeast ? Vec<A>{} : x == x ? bit_cast<Vec<A>>(scaled) : x;
 }
 
+// b^x = (1 + p) power with |p| <= 0.42, for b^x within the exponents of normal numbers. log2(b) is given as a number
+// and what it lacks, so that p has a small relative error however large x is.
+template <typename A>
+struct Power {
+  Vec<A> p, power;
+};
+template <typename A>
+PYOPS_INLINE Power<A> power_parts(Vec<A> x, A log, A rest) {
+  using F = Float<A>;
+  const Vec<A> shifted = x * log + F::kRound, n = shifted - F::kRound;
+  const Vec<A> f = x * rest + (x * log - n);
+  Vec<A> p;
+  if constexpr (sizeof(A) == 8) {
+    p = polynomial<A>(f, kExp2Double);
+  } else {
+    p = polynomial<A>(f, kExp2Float);
+  }
+  const auto one = bit_cast<typename F::bits>(splat(A(1)));
+  return {p * f, bit_cast<Vec<A>>((bit_cast<typename F::bits>(shifted) << F::kMantissa) + one)};
+}
+
+// log2(e), rounded, and the rest of it.
+template <typename A>
+constexpr A kLog2E = A(1.44269504088896340736);
+template <typename A>
+constexpr A kLog2ERest = A(sizeof(A) == 8 ? 2.0355273740931033e-17 : 1.925962991126617e-8);
+
+// 1 / x for 1 <= x <= 2^126 + 1; 1 ulp.
+template <typename A>
+PYOPS_INLINE Vec<A> reciprocal(Vec<A> x) {
+#if PYOPS_VECTOR_BYTES == 64
+  if constexpr (sizeof(A) == 4) {
+    const Vec<float> near = bit_cast<Vec<float>>(_mm512_rcp14_ps(bit_cast<__m512>(x)));
+    return near + near * (A(1) - x * near);
+  }
+#endif
+  return A(1) / x;
+}
+
+template <typename A>
+PYOPS_INLINE Vec<A> within(Vec<A> x, A bound) {
+  return minimum(splat(bound), maximum(splat(-bound), x));
+}
+
+// 1 / (1 + e^-x), 2 ulp; not below the least normal number.
+template <typename A>
+PYOPS_INLINE Vec<A> sigmoid(Vec<A> x) {
+  const Power<A> e = power_parts<A>(within<A>(x, A(sizeof(A) == 8 ? 708 : 87)), -kLog2E<A>, -kLog2ERest<A>);
+  return reciprocal<A>(A(1) + (e.power + e.p * e.power));
+}
+
 // tanh x = x + x^3 P(x^2) on [-5/8, 5/8], by Remez.
 constexpr float kTanhFloat[] = {-0.33333283925284f, 0.13331491286994f, -0.05374349808185f, 0.0206505872999530f,
                                 -0.0057170450593452f};
@@ -64,12 +115,10 @@ constexpr double kTanhDouble[] = {-0.33333333333333332505,    0.1333333333333316
                                   0.000095760218063274870312, -0.000036639554066360099996, 0.000011807117546518870153,
                                   -2.2767174226595065295e-6};
 
-// 2 ulp.
+// 2 ulp; 1 - 2 / (e^2|x| + 1) beyond 5/8.
 template <typename A>
 PYOPS_INLINE Vec<A> tanh(Vec<A> x) {
-  constexpr A kTwoLog2E = A(2.88539008177792681472), kLargest = A(sizeof(A) == 8 ? 20 : 10);
-  const Vec<A> magnitude = x < A(0) ? -x : x;
-  const Vec<A> z = x * x;
+  const Vec<A> magnitude = x < A(0) ? -x : x, z = x * x;
   Vec<A> small;
   if constexpr (sizeof(A) == 8) {
     small = polynomial<A>(z, kTanhDouble);
@@ -77,10 +126,10 @@ PYOPS_INLINE Vec<A> tanh(Vec<A> x) {
     small = polynomial<A>(z, kTanhFloat);
   }
   small = x + x * z * small;
-  const Vec<A> held = magnitude > kLargest ? splat(kLargest) : magnitude;
-  const Vec<A> large = A(1) - A(2) / (exp2<A>(held * kTwoLog2E) + A(1));
-  const Vec<A> result = x < A(0) ? -large : large;
-  return x != x ? x : (magnitude < A(0.625) ? small : result);
+  const Vec<A> held = minimum(splat(A(sizeof(A) == 8 ? 20 : 10)), magnitude);
+  const Power<A> e = power_parts<A>(held, 2 * kLog2E<A>, 2 * kLog2ERest<A>);
+  const Vec<A> large = A(1) - A(2) * reciprocal<A>(A(1) + (e.power + e.p * e.power));
+  return magnitude < A(0.625) ? small : x < A(0) ? -large : large;
 }
 
 }  // namespace pyops::PYOPS_ISA

@@ -1,0 +1,394 @@
+// Forward: the steps of a layer, one after the other, in one parallel region.
+//
+// W_hh is packed once, so that the G products of kUnits units lie together and a tile's epilogue has all that a unit
+// needs. A single sequence reads W_hh as it lies instead: packing it would cost several steps.
+#pragma once
+#include "recurrent_steps.h"
+
+namespace pyops::PYOPS_ISA {
+
+template <typename T, RecurrentCell kCell>
+struct ForwardMemory {
+  using A = acc_t<T>;
+  using E = Element<T>;
+  static constexpr int G = kGates<kCell>, U = kUnits<T>;
+  static constexpr int kStep = kStripStep<A>;
+
+  ForwardMemory(const RecurrentParams<T>& p, const Division& division)
+      : single(p.B == 1),
+        normalised(p.direction[0].ln_gates != nullptr),
+        projected(p.direction[0].w_hr != nullptr),
+        most_rows(division.most_rows),
+        strip_rows(division.strip_rows),
+        strips(division.strips),
+        units((p.H + U - 1) / U, p.P, single),
+        outputs(projected ? Blocks<T>((p.P + U - 1) / U, p.H, single) : Blocks<T>(0, 0, true)),
+        weights(p.directions * units.count * G * units.panel),
+        projections(p.directions * outputs.count * outputs.panel),
+        h(division.teams * 2 * strips * units.strip),
+        m(division.teams * strips * outputs.strip),
+        h_row(single ? p.directions * 2 * units.row : 0),
+        m_row(single && projected ? p.directions * outputs.row : 0),
+        c(kHasCells<kCell> ? division.teams * most_rows * units.count * U : 0),
+        products(normalised ? division.teams * strips * strip_rows * units.count * G * U : 0),
+        seen(normalised && kHasCells<kCell> ? division.teams * most_rows * units.count * 2 * U : 0),
+        meetings(division.teams) {
+    __builtin_memset(meetings.get(), 0, division.teams * sizeof(Meeting));
+  }
+
+  bool single, normalised, projected;
+  int64_t most_rows;
+  int strip_rows;
+  int64_t strips;
+  Blocks<T> units;         // of W_hh: columns of m
+  Blocks<T> outputs;       // of W_hr: columns of h
+  Scratch<E> weights;      // [directions, units.count, G, units.panel]
+  Scratch<E> projections;  // [directions, outputs.count, outputs.panel]
+  Scratch<E> h;            // [teams, 2, strips, units.strip] h' of even and of odd steps
+  Scratch<E> m;            // [teams, strips, outputs.strip] m on its way into W_hr
+  Scratch<A> h_row;        // [directions, 2, units.row] the same of a single sequence
+  Scratch<A> m_row;        // [directions, outputs.row]
+  Scratch<A> c;            // [teams, most_rows, units.count U]
+  Scratch<A> products;     // [teams, rows, units.count, G, U] W_hh h', where a whole row must be seen
+  Scratch<A> seen;         // [teams, most_rows, units.count, 2, U] c' and o, where all of c' must be seen
+  Scratch<Meeting> meetings;
+};
+
+// Packs block i of all that belong to the directions: of W_hh, then of W_hr.
+template <typename T, RecurrentCell kCell>
+void pack_weights(const RecurrentParams<T>& p, ForwardMemory<T, kCell>& m, int64_t i) {
+  constexpr int G = kGates<kCell>;
+  if (i < p.directions * m.units.count) {
+    const RecurrentDirection<T>& w = p.direction[i / m.units.count];
+    const int64_t u0 = i % m.units.count * kUnits<T>;
+    for (int g = 0; g < G; ++g) {
+      pack_block<T>(w.w_hh + g * p.H * w.w_hh_row, w.w_hh_row, u0, p.H, p.P,
+                    m.weights.get() + (i * G + g) * m.units.panel, m.units.panel);
+    }
+  } else {
+    i -= p.directions * m.units.count;
+    const RecurrentDirection<T>& w = p.direction[i / m.outputs.count];
+    pack_block<T>(w.w_hr, w.w_hr_row, i % m.outputs.count * kUnits<T>, p.P, p.H,
+                  m.projections.get() + i * m.outputs.panel, m.outputs.panel);
+  }
+}
+
+template <typename T, RecurrentCell kCell>
+class ForwardTeam {
+  using A = acc_t<T>;
+  using E = Element<T>;
+  static constexpr int G = kGates<kCell>, S = kSaved<kCell>, U = kUnits<T>, L = kLanes<A>, kStep = kStripStep<A>;
+  // Which product belongs to the new content of the cell, and to the output gate.
+  static constexpr int kG = G - 2, kO = G - 1;
+
+  // A sequence at a step.
+  struct Place {
+    int64_t b, n;
+    const T* h;  // that the step begins with; null: 0
+    bool reset, last;
+    bool cleared;  // before the next step
+    A mean = 0, rstd = 0;
+  };
+
+ public:
+  ForwardTeam(const RecurrentFwdParams<T>& p, ForwardMemory<T, kCell>& memory, const Team& team)
+      : p_(p),
+        w_(p.direction[team.d]),
+        m_(memory),
+        team_(team),
+        walk_(p, team_),
+        units_(share(m_.units.count, team.index, team.threads)),
+        outputs_(m_.projected ? share(m_.outputs.count, team.index, team.threads) : units_) {}
+
+  void run() {
+    begin();
+    team_.wait();
+    for (int64_t s = 0; s < p_.T_; ++s) {
+      const int64_t t = walk_.step(s);
+      const int active = walk_.active(t), parity = s % 2;
+      for_each_tile(units_, active, [&](int64_t k, int r, int count) { tile(t, parity, k, r, count); });
+      if (m_.normalised) {
+        team_.wait();
+        for_each_tile(units_, active, [&](int64_t k, int r, int count) { normalised_tile(t, parity, k, r, count); });
+        if constexpr (kHasCells<kCell>) {
+          team_.wait();
+          for_each_tile(units_, active, [&](int64_t k, int r, int count) { cell_tile(t, parity, k, r, count); });
+        }
+      }
+      if (m_.projected) {
+        team_.wait();
+        for_each_tile(outputs_, active, [&](int64_t k, int r, int count) { projected_tile(t, parity, k, r, count); });
+      }
+      team_.wait();
+    }
+  }
+
+ private:
+  template <typename F>
+  PYOPS_INLINE void for_each_tile(Range blocks, int rows, F&& f) {
+    for (int64_t k = blocks.begin; k < blocks.end; ++k) {
+      for (int r = 0; r < rows; r += m_.strip_rows) f(k, r, rows - r < m_.strip_rows ? rows - r : m_.strip_rows);
+    }
+  }
+  E* h_strip(int parity, int r) {
+    return m_.h.get() + ((team_.slot * 2 + parity) * m_.strips + r / m_.strip_rows) * m_.units.strip;
+  }
+  A* h_row(int parity) { return m_.h_row.get() + (team_.d * 2 + parity) * m_.units.row; }
+  E* m_strip(int r) { return m_.m.get() + (team_.slot * m_.strips + r / m_.strip_rows) * m_.outputs.strip; }
+  A* m_row() { return m_.m_row.get() + team_.d * m_.outputs.row; }
+  A* c_of(int r) { return m_.c.get() + (team_.slot * m_.most_rows + r) * m_.units.count * U; }
+  int64_t products_row() const { return m_.units.count * G * U; }
+  A* seen_of(int64_t k, int r) {
+    return m_.seen.get() + ((team_.slot * m_.most_rows + r) * m_.units.count + k) * 2 * U;
+  }
+  A* products_of(int64_t k, int r) {
+    return m_.products.get() + (team_.slot * m_.strips * m_.strip_rows + r) * products_row() + k * G * U;
+  }
+
+  // Both copies of h' and c before the first step of each sequence: one that begins later finds its own untouched.
+  void begin() {
+    alignas(kVectorBytes) T rows[kStep * U];
+    for_each_tile(outputs_, team_.rows, [&](int64_t k, int r, int count) {
+      for (int i = 0; i < count; ++i) send_initial(rows + i * U, team_.first + r + i, k * U);
+      send_strip(rows, 0, k, r, count);
+      send_strip(rows, 1, k, r, count);
+    });
+    if constexpr (kHasCells<kCell>) {
+      for_each_tile(units_, team_.rows, [&](int64_t k, int r, int count) {
+        for (int i = r; i < r + count; ++i) {
+          const T* c0 = w_.c0 == nullptr ? nullptr : w_.c0 + (team_.first + i) * p_.H;
+          for_each_vector<T>(p_.H, k * U, [&](int c, auto lanes) PYOPS_ALWAYS_INLINE {
+            store(c_of(i) + k * U + c, load_or_zero(c0, k * U + c, lanes), Full{});
+          });
+        }
+      });
+    }
+  }
+
+  // h on its way into the next product.
+  template <typename Lanes>
+  PYOPS_INLINE void send(T* row, int column, int64_t b, int64_t u0, Vec<A> h, Lanes lanes) {
+    if (w_.keep != nullptr) h *= load(w_.keep + b * p_.P + u0 + column, lanes);
+    store(row + column, h, Full{});
+  }
+  PYOPS_INLINE void send_initial(T* row, int64_t b, int64_t u0) {
+    const bool zero = w_.h0 == nullptr || walk_.resets(walk_.row(walk_.first_step(b), b));
+    for_each_vector<T>(p_.P, u0, [&](int c, auto lanes) PYOPS_ALWAYS_INLINE {
+      send(row, c, b, u0, zero ? Vec<A>{} : load(w_.h0 + b * p_.P + u0 + c, lanes), lanes);
+    });
+  }
+  // Block k of `count` sequences from r on, to a copy of h'.
+  PYOPS_INLINE void send_strip(T* rows, int parity, int64_t k, int r, int count) {
+    if (walk_.reverse && p_.offsets != nullptr) {
+      // The strip is packed as a whole, with the sequences that have not begun.
+      const int all = team_.rows - r < m_.strip_rows ? team_.rows - r : m_.strip_rows;
+      for (; count < all; ++count) send_initial(rows + count * U, team_.first + r + count, k * U);
+    }
+    if (m_.single) {
+      pack_row<T>(rows, k * U, p_.P, h_row(parity));
+    } else {
+      pack_strip<T>(rows, U, k * U, p_.P, count, h_strip(parity, r));
+    }
+  }
+
+  Place place(int64_t t, int r) const {
+    Place at;
+    at.b = team_.first + r;
+    at.n = walk_.row(t, at.b);
+    const int64_t before = walk_.reverse ? t + 1 : t - 1, after = walk_.reverse ? t - 1 : t + 1;
+    at.reset = walk_.resets(at.n);
+    at.last = !walk_.has(after, at.b);
+    at.cleared = !at.last && walk_.resets(walk_.row(after, at.b));
+    at.h = at.reset                  ? nullptr
+           : walk_.has(before, at.b) ? w_.y + walk_.row(before, at.b) * p_.y_row
+           : w_.h0 != nullptr        ? w_.h0 + at.b * p_.P
+                                     : nullptr;
+    return at;
+  }
+
+  // Step t of `count` sequences from r on, for the units of block k.
+  __attribute__((noinline)) void tile(int64_t t, int parity, int64_t k, int r, int count) {
+    alignas(kVectorBytes) A own[kTileRows * G * U];
+    A* const products = m_.normalised ? products_of(k, r) : own;
+    const int64_t row = m_.normalised ? products_row() : G * U;
+    if (m_.single) {
+      multiply_row<T, G>(w_.w_hh, w_.w_hh_row, p_.H, p_.P, k * U, h_row(parity), products);
+    } else {
+      multiply<Into::product, 1, kStep>(count, h_strip(parity, r),
+                                        m_.weights.get() + (team_.d * m_.units.count + k) * G * m_.units.panel,
+                                        m_.units.panel, m_.units.steps, products, row, G * U);
+    }
+    if (m_.normalised) return;
+    alignas(kVectorBytes) T next[kStep * U];
+    for (int i = 0; i < count; ++i) units<false>(place(t, r + i), r + i, k, products + i * row, next + i * U);
+    deliver(next, parity, k, r, count);
+  }
+
+  __attribute__((noinline)) void normalised_tile(int64_t t, int parity, int64_t k, int r, int count) {
+    alignas(kVectorBytes) T next[kStep * U];
+    for (int i = 0; i < count; ++i) {
+      Place at = place(t, r + i);
+      find_norm<T>(products_of(0, r + i), m_.units.count, G, G, p_.H, p_.eps, at.mean, at.rstd);
+      units<true>(at, r + i, k, products_of(k, r + i), next + i * U);
+    }
+    if (!kHasCells<kCell>) deliver(next, parity, k, r, count);
+  }
+
+  __attribute__((noinline)) void cell_tile(int64_t t, int parity, int64_t k, int r, int count) {
+    alignas(kVectorBytes) T next[kStep * U];
+    for (int i = 0; i < count; ++i) {
+      Place at = place(t, r + i);
+      find_norm<T>(seen_of(0, r + i), m_.units.count, 2, 1, p_.H, p_.eps, at.mean, at.rstd);
+      const Zoneout<T> zoneout = zoneout_of_h(at, k);
+      const A* held = seen_of(k, r + i);
+      for_each_vector<T>(p_.H, k * U, [&](int c, auto lanes) PYOPS_ALWAYS_INLINE {
+        const int64_t u = k * U + c;
+        const Vec<A> seen = (load(held + c, Full{}) - at.mean) * at.rstd * load(w_.ln_cell + u, lanes) +
+                            load(w_.ln_cell + p_.H + u, lanes);
+        finish(at, zoneout, k, c, load(held + U + c, Full{}) * tanh<A>(seen), next + i * U, lanes);
+      });
+    }
+    deliver(next, parity, k, r, count);
+  }
+
+  __attribute__((noinline)) void projected_tile(int64_t t, int parity, int64_t k, int r, int count) {
+    alignas(kVectorBytes) A products[kTileRows * U];
+    alignas(kVectorBytes) T next[kStep * U];
+    if (m_.single) {
+      multiply_row<T, 1>(w_.w_hr, w_.w_hr_row, p_.P, p_.H, k * U, m_row(), products);
+    } else {
+      multiply<Into::product, 1, kStep>(count, m_strip(r),
+                                        m_.projections.get() + (team_.d * m_.outputs.count + k) * m_.outputs.panel,
+                                        m_.outputs.panel, m_.outputs.steps, products, U, U);
+    }
+    for (int i = 0; i < count; ++i) {
+      const Place at = place(t, r + i);
+      const Zoneout<T> zoneout = zoneout_of_h(at, k);
+      for_each_vector<T>(p_.P, k * U, [&](int c, auto lanes) PYOPS_ALWAYS_INLINE {
+        put(at, zoneout, k, c, load(products + i * U + c, Full{}), next + i * U, lanes);
+      });
+    }
+    send_strip(next, 1 - parity, k, r, count);
+  }
+
+  PYOPS_INLINE Zoneout<T> zoneout_of_h(const Place& at, int64_t k) const {
+    return {p_, p_.zoneout_h, 2 * (team_.d * p_.rows + at.n), k * U};
+  }
+
+  // The units of block k of a row, from its products.
+  template <bool kNormalised>
+  PYOPS_INLINE void units(const Place& at, int r, int64_t k, const A* products, T* next) {
+    const int64_t H = p_.H;
+    const T* gx = w_.gx + at.n * w_.gx_row;
+    const Zoneout<T> of_h = zoneout_of_h(at, k);
+    const Zoneout<T> of_c(p_, kHasCells<kCell> ? p_.zoneout_c : A(0), 2 * (team_.d * p_.rows + at.n) + 1, k * U);
+    for_each_vector<T>(H, k * U, [&](int c, auto lanes) PYOPS_ALWAYS_INLINE {
+      const int64_t u = k * U + c;
+      const auto input = [&](int g) PYOPS_ALWAYS_INLINE { return load(gx + g * H + u, lanes); };
+      const auto product = [&](int g) PYOPS_ALWAYS_INLINE {
+        const Vec<A> p = load(products + g * U + c, Full{});
+        return kNormalised ? (p - at.mean) * at.rstd * load(w_.ln_gates + g * H + u, lanes) : p;
+      };
+      const auto save = [&](int g, Vec<A> v) PYOPS_ALWAYS_INLINE {
+        if (w_.gates != nullptr) store(w_.gates + (at.n * S + g) * H + u, v, lanes);
+      };
+      if constexpr (kCell == RecurrentCell::rnn_tanh || kCell == RecurrentCell::rnn_relu) {
+        const Vec<A> x = input(0) + product(0);
+        // NaN stays NaN.
+        const Vec<A> m = kCell == RecurrentCell::rnn_tanh ? tanh<A>(x) : x < A(0) ? Vec<A>{} : x;
+        save(0, m);
+        finish(at, of_h, k, c, m, next, lanes);
+      } else if constexpr (kCell == RecurrentCell::gru) {
+        const Vec<A> r = sigmoid<A>(input(0) + product(0)), z = sigmoid<A>(input(1) + product(1));
+        const Vec<A> q = product(2) + load_or_zero(w_.b_n, u, lanes);
+        const Vec<A> n = tanh<A>(input(2) + r * q);
+        save(0, r);
+        save(1, z);
+        save(2, n);
+        save(3, q);
+        finish(at, of_h, k, c, n + z * (load_or_zero(at.h, u, lanes) - n), next, lanes);
+      } else {
+        constexpr bool coupled = kCell == RecurrentCell::coupled;
+        A* const held = c_of(r) + u;
+        const Vec<A> old = at.reset ? Vec<A>{} : load(held, Full{});
+        const auto peephole = [&](int g, Vec<A> cell) PYOPS_ALWAYS_INLINE {
+          return w_.peephole == nullptr ? Vec<A>{} : load(w_.peephole + g * H + u, lanes) * cell;
+        };
+        const Vec<A> i = sigmoid<A>(input(0) + product(0) + peephole(0, old));
+        const Vec<A> f = coupled ? A(1) - i : sigmoid<A>(input(1) + product(1) + peephole(1, old));
+        const Vec<A> g = tanh<A>(input(kG) + product(kG));
+        const Vec<A> now = f * old + i * g;
+        const Vec<A> o = sigmoid<A>(input(kO) + product(kO) + peephole(coupled ? 1 : 2, now));
+        const Vec<A> kept = of_c.idle() ? now : old + of_c(c) * (now - old);
+        store(held, kept, Full{});
+        save(0, i);
+        if constexpr (!coupled) save(1, f);
+        save(kG, g);
+        save(kO, o);
+        if (w_.cells != nullptr) store(w_.cells + at.n * H + u, kept, lanes);
+        if (at.last && p_.c_n != nullptr) store(p_.c_n + (team_.d * p_.B + at.b) * H + u, kept, lanes);
+        if constexpr (kNormalised) {
+          store(seen_of(k, r) + c, now, Full{});
+          store(seen_of(k, r) + U + c, o, Full{});
+        } else {
+          finish(at, of_h, k, c, o * tanh<A>(now), next, lanes);
+        }
+      }
+    });
+  }
+
+  // m of a unit: h, or what W_hr makes h of.
+  template <typename Lanes>
+  PYOPS_INLINE void finish(const Place& at, const Zoneout<T>& zoneout, int64_t k, int c, Vec<A> m, T* next,
+                           Lanes lanes) {
+    if (m_.projected) {
+      store(next + c, m, Full{});
+    } else {
+      put(at, zoneout, k, c, m, next, lanes);
+    }
+  }
+  template <typename Lanes>
+  PYOPS_INLINE void put(const Place& at, const Zoneout<T>& zoneout, int64_t k, int c, Vec<A> m, T* next, Lanes lanes) {
+    const int64_t u = k * U + c;
+    if (!zoneout.idle()) {
+      const Vec<A> old = load_or_zero(at.h, u, lanes);
+      m = old + zoneout(c) * (m - old);
+    }
+    store(w_.y + at.n * p_.y_row + u, m, lanes);
+    if (at.last) store(p_.h_n + (team_.d * p_.B + at.b) * p_.P + u, m, lanes);
+    send(next, c, at.b, k * U, at.cleared ? Vec<A>{} : rounded<T>(m), lanes);
+  }
+  PYOPS_INLINE void deliver(T* next, int parity, int64_t k, int r, int count) {
+    if (!m_.projected) {
+      send_strip(next, 1 - parity, k, r, count);
+    } else if (m_.single) {
+      pack_row<T>(next, k * U, p_.H, m_row());
+    } else {
+      pack_strip<T>(next, U, k * U, p_.H, count, m_strip(r));
+    }
+  }
+
+  const RecurrentFwdParams<T>& p_;
+  const RecurrentDirection<T>& w_;
+  ForwardMemory<T, kCell>& m_;
+  Team team_;
+  Walk<T> walk_;
+  Range units_, outputs_;  // blocks of this thread
+};
+
+template <typename T, RecurrentCell kCell>
+void forward(const RecurrentFwdParams<T>& p) {
+  const Division division(p, kGates<kCell>);
+  ForwardMemory<T, kCell> memory(p, division);
+  in_parallel(division.threads, [&](int index, int count) {
+    if (!memory.single) {
+      const int64_t blocks = p.directions * (memory.units.count + memory.outputs.count);
+      for (int64_t i = index; i < blocks; i += count) pack_weights(p, memory, i);
+      wait_for_all(count);
+    }
+    division.for_each_team(p, index, count, memory.meetings.get(),
+                           [&](const Team& team) { ForwardTeam<T, kCell>(p, memory, team).run(); });
+  });
+}
+
+}  // namespace pyops::PYOPS_ISA

@@ -1,0 +1,1374 @@
+"""Recurrent layers: LSTM, GRU and Elman RNN; definition, operators, autograd, public functions and modules.
+
+Hochreiter, Schmidhuber, "Long Short-Term Memory" (1997); Cho et al., "Learning Phrase Representations using RNN
+Encoder-Decoder" (2014); Elman, "Finding Structure in Time" (1990).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, NoReturn
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from . import autograd
+from .backend import (
+    FLOATING,
+    choose,
+    functorch_active,
+    is_compiling,
+    is_plain,
+    leaf,
+    needs_definition,
+    without_autocast,
+)
+from .layer_norm import layer_norm
+from .philox import draw_seed, keep_mask
+
+_get_num_threads = torch.get_num_threads
+_grad_enabled = torch.is_grad_enabled
+
+# By cell: products of a unit, and numbers that are saved of it.
+GATES = {"rnn_tanh": 1, "rnn_relu": 1, "gru": 3, "lstm": 4, "coupled": 3}
+SAVED = {"rnn_tanh": 1, "rnn_relu": 1, "gru": 4, "lstm": 4, "coupled": 3}
+HAS_CELLS = ("lstm", "coupled")
+
+
+class Config(NamedTuple):
+    """The plain values of a layer's call, in the order of the operator's schema."""
+
+    cell: str
+    steps: int
+    batch: int
+    batch_first: bool  # rows are [batch, steps], not [steps, batch]; without meaning for packed sequences
+    zoneout_h: float
+    zoneout_c: float
+    eps: float  # of the norms
+    differentiated: bool  # a backward will follow
+    return_states: bool
+    backend: str
+
+
+class Direction(NamedTuple):
+    """The parameters of one direction of a layer, as torch has them, and those of the options."""
+
+    w_ih: Tensor | None  # None: x is W_ih x already, of both directions side by side, with b_ih and b_hh but for b_n
+    w_hh: Tensor
+    b_ih: Tensor | None
+    b_hh: Tensor | None
+    w_hr: Tensor | None
+    peephole: Tensor | None
+    ln_gates: Tensor | None
+    ln_cell: Tensor | None
+
+
+_N_DIRECTION = len(Direction._fields)
+_STATES = 1 + 2 * _N_DIRECTION  # where h0, c0, keep, reset, seed and offsets stand, behind x and the directions
+_N_INPUTS = _STATES + 6
+
+
+def _acc(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _directions(tensors: Sequence[Tensor | None]) -> list[Direction]:
+    both = [Direction(*tensors[at : at + _N_DIRECTION]) for at in (1, 1 + _N_DIRECTION)]
+    return both if both[1].w_hh is not None else both[:1]
+
+
+def _biases(w: Direction, cell: str) -> tuple[Tensor | None, Tensor | None]:
+    """What is added to W_ih x, and the b_n of a GRU, which r multiplies."""
+    b_ih, b_hh, b_n = w.b_ih, w.b_hh, None
+    if cell == "gru" and b_hh is not None:
+        H = w.w_hh.shape[0] // 3
+        b_n = b_hh[2 * H :]
+        b_hh = F.pad(b_hh[: 2 * H], (0, H))
+    if w.w_ih is None:
+        return None, b_n
+    return b_ih if b_hh is None else b_hh if b_ih is None else b_ih + b_hh, b_n
+
+
+# ---- the definition ----
+
+
+class _Rows:
+    """Where the rows of the steps lie: [steps, batch], [batch, steps] or packed."""
+
+    def __init__(self, c: Config, offsets: Tensor | None):
+        self.c = c
+        self.packed = offsets is not None
+        self.sizes = [c.batch] * c.steps if offsets is None else offsets.diff().tolist()
+
+    def split(self, t: Tensor) -> Sequence[Tensor]:
+        """The rows of each step."""
+        if self.packed:
+            return t.split(self.sizes)
+        if self.c.batch_first:
+            return t.reshape(self.c.batch, self.c.steps, *t.shape[1:]).unbind(1)
+        return t.reshape(self.c.steps, self.c.batch, *t.shape[1:]).unbind(0)
+
+    def join(self, steps: list[Tensor], empty: Tensor) -> Tensor:
+        if not steps:
+            return empty
+        if self.packed:
+            return torch.cat(steps)
+        return torch.stack(steps, 1 if self.c.batch_first else 0).flatten(0, 1)
+
+
+def _step(cell: str, x: Tensor, p: Tensor, h: Tensor, old: Tensor | None, w: Direction, b_n: Tensor | None, eps: float):
+    """m, the new c and the gates of one step."""
+    G = GATES[cell]
+    if w.ln_gates is not None:
+        p = F.layer_norm(p, p.shape[-1:], w.ln_gates, None, eps)
+    if G == 1:
+        m = torch.tanh(x + p) if cell == "rnn_tanh" else torch.relu(x + p)
+        return m, None, [m]
+    xs, ps = x.chunk(G, -1), p.chunk(G, -1)
+    if cell == "gru":
+        r, z = torch.sigmoid(xs[0] + ps[0]), torch.sigmoid(xs[1] + ps[1])
+        q = ps[2] if b_n is None else ps[2] + b_n
+        n = torch.tanh(xs[2] + r * q)
+        return n + z * (h - n), None, [r, z, n, q]
+    inner = [a + b for a, b in zip(xs, ps)]
+    w_i, *w_f, w_o = (0.0,) * (G - 1) if w.peephole is None else w.peephole.unbind(0)
+    i = torch.sigmoid(inner[0] + w_i * old)
+    f = torch.sigmoid(inner[1] + w_f[0] * old) if cell == "lstm" else 1 - i
+    g = torch.tanh(inner[-2])
+    now = f * old + i * g
+    o = torch.sigmoid(inner[-1] + w_o * now)
+    seen = now if w.ln_cell is None else F.layer_norm(now, now.shape[-1:], w.ln_cell[0], w.ln_cell[1], eps)
+    m = o * torch.tanh(seen)
+    if w.w_hr is not None:
+        m = F.linear(m, w.w_hr)
+    return m, now, [i, f, g, o] if cell == "lstm" else [i, g, o]
+
+
+def definition(tensors: Sequence[Tensor | None], c: Config) -> tuple[Tensor | None, ...]:
+    """(y, h_n, c_n, gates, cells) in differentiable torch operators: what every kernel computes.
+
+    The formulas stand in kernels/params/recurrent.h. Arithmetic and c in float32 (float64 for float64); h is rounded
+    to the dtype of x.
+    """
+    x, directions = tensors[0], _directions(tensors)
+    h0, c0, keep, reset, seed, offsets = tensors[_STATES:]
+    dtype = x.dtype
+    acc = _acc(dtype)
+    rows = _Rows(c, offsets)
+    N, G = x.shape[0], GATES[c.cell]
+    has_cells = c.cell in HAS_CELLS
+    resets = None if reset is None else rows.split(reset)
+    results = []
+    with without_autocast(x.device):
+        x = x.to(acc)
+        for d, given in enumerate(directions):
+            w = Direction(*(None if t is None else t.to(acc) for t in given))
+            P = w.w_hh.shape[1]
+            H = w.w_hh.shape[0] // G
+            bias, b_n = _biases(w, c.cell)
+            gx = x[:, d * G * H : (d + 1) * G * H] if w.w_ih is None else F.linear(x, w.w_ih, bias)
+            h = x.new_zeros(c.batch, P) if h0 is None else h0[d].to(acc)
+            old = None
+            if has_cells:
+                old = x.new_zeros(c.batch, H) if c0 is None else c0[d].to(acc)
+            xs = rows.split(gx)
+            numbers = rows.split(torch.arange(N, device=x.device) + d * N)
+            ys, gates, cells = [None] * c.steps, [None] * c.steps, [None] * c.steps
+            for t in range(c.steps) if d == 0 else reversed(range(c.steps)):
+                n = rows.sizes[t]
+                last_h, last_c = h[:n], old[:n] if has_cells else None
+                if resets is not None:
+                    last_h = last_h.masked_fill(resets[t][:, None], 0.0)
+                    last_c = last_c.masked_fill(resets[t][:, None], 0.0) if has_cells else None
+                sent = last_h if keep is None else (last_h * keep[d, :n].to(acc)).to(dtype).to(acc)
+                m, now, of_step = _step(c.cell, xs[t], F.linear(sent, w.w_hh), last_h, last_c, w, b_n, c.eps)
+                if c.zoneout_h > 0:
+                    m = last_h + _update(seed, 2 * numbers[t], m, c.zoneout_h) * (m - last_h)
+                if c.zoneout_c > 0 and has_cells:
+                    now = last_c + _update(seed, 2 * numbers[t] + 1, now, c.zoneout_c) * (now - last_c)
+                ys[t] = m.to(dtype)
+                m = ys[t].to(acc)
+                h = m if n == c.batch else torch.cat([m, h[n:]])
+                gates[t] = torch.cat(of_step, -1)
+                if has_cells:
+                    cells[t] = now
+                    old = now if n == c.batch else torch.cat([now, old[n:]])
+            results.append((
+                rows.join(ys, gx[:, :P]).to(dtype), h.to(dtype), old.to(dtype) if has_cells else None,
+                rows.join(gates, gx.new_empty(0, SAVED[c.cell] * H)).to(dtype),
+                rows.join(cells, gx[:, :H]) if has_cells else None,
+            ))  # fmt: skip
+    ys, *others = zip(*results)
+    return torch.cat(ys, -1), *(None if each[0] is None else torch.stack(each) for each in others)
+
+
+def _update(seed: Tensor | None, rows: Tensor, like: Tensor, p: float) -> Tensor | float:
+    """Zoneout's share of the new value."""
+    return 1.0 - p if seed is None else keep_mask(seed, rows, like.shape[-1], p).to(like.dtype)
+
+
+# ---- leaves: allocate, then run a backend ----
+
+
+def _dense(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.contiguous()
+
+
+def _dense_rows(t: Tensor | None) -> Tensor | None:
+    return t if t is None or t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
+
+
+def _shape(tensors: Sequence[Tensor | None], c: Config) -> tuple[int, int, int, int]:
+    """directions, rows, H and P."""
+    D = 1 if tensors[2 + _N_DIRECTION] is None else 2
+    G_H, P = tensors[2].shape
+    w_hr = tensors[5]
+    return D, tensors[0].shape[0], G_H // GATES[c.cell], P if w_hr is None else w_hr.shape[0]
+
+
+def _kernel_inputs(tensors: Sequence[Tensor | None], projected: Sequence[Tensor], c: Config) -> list[Tensor | None]:
+    """What the kernels of a layer read, in the order of their arguments; ``projected``: gx of each direction."""
+    found: list[Tensor | None] = []
+    for d, w in enumerate(_directions(tensors)):
+        b_n = None if c.cell != "gru" or w.b_hh is None else w.b_hh[-(w.b_hh.shape[0] // 3) :]
+        found += [projected[d], _dense_rows(w.w_hh), _dense(b_n), _dense_rows(w.w_hr), _dense(w.peephole)]
+        found += [_dense(w.ln_gates), _dense(w.ln_cell)]
+    found += [None] * (14 - len(found))
+    return found + [_dense(t) for t in tensors[_STATES:]]
+
+
+def _arguments(c: Config) -> tuple:
+    return c.cell, c.steps, c.batch, c.batch_first, c.zoneout_h, c.zoneout_c, c.eps, _get_num_threads()
+
+
+def _project(x: Tensor, w: Direction, c: Config, out: Tensor) -> None:
+    """gx of a direction, into ``out``."""
+    bias, _ = _biases(w, c.cell)
+    if bias is None:
+        torch.mm(x, w.w_ih.t(), out=out)
+    else:
+        torch.addmm(bias, x, w.w_ih.t(), out=out)
+
+
+def forward_leaf(tensors: Sequence[Tensor | None], c: Config) -> tuple[Tensor | None, ...]:
+    """(y, h_n, c_n, gates, cells) on the kernels of ``c.backend``; None is what was not asked for."""
+    D, N, H, P = _shape(tensors, c)
+    x, directions, G, S = tensors[0], _directions(tensors), GATES[c.cell], SAVED[c.cell]
+    has_cells, kept = c.cell in HAS_CELLS, c.differentiated or c.return_states
+    y, h_n = x.new_empty(N, D * P), x.new_empty(D, c.batch, P)
+    c_n = x.new_empty(D, c.batch, H) if has_cells else None
+    gates = x.new_empty(D, N, S * H) if kept else None
+    cells = x.new_empty(D, N, H, dtype=_acc(x.dtype)) if has_cells and kept else None
+    if N == 0:
+        for t, t0 in ((h_n, tensors[_STATES]), (c_n, tensors[_STATES + 1])):
+            if t is not None:
+                t.zero_() if t0 is None else t.copy_(t0)
+        return y, h_n, c_n, gates, cells
+    with torch.no_grad(), without_autocast(x.device):
+        if directions[0].w_ih is None:
+            projected = [x[:, d * G * H : (d + 1) * G * H] for d in range(D)]
+        else:
+            # The gates take the place of what they are made of, where there is as much of both.
+            projected = gates if kept and G == S else x.new_empty(D, N, G * H)
+            for d, w in enumerate(directions):
+                _project(x, w, c, projected[d])
+        leaf(c.backend, "recurrent").recurrent_fwd(
+            *_kernel_inputs(tensors, projected, c), y, h_n, c_n, gates, cells, *_arguments(c)
+        )
+    return y, h_n, c_n, gates, cells
+
+
+def _last_h(y: Tensor, h0: Tensor, d: int, c: Config, offsets: Tensor | None) -> Tensor:
+    """[rows, P]: the h that each row of direction d began with."""
+    P = h0.shape[-1]
+    if offsets is None:
+        y = y.reshape(*((c.batch, c.steps) if c.batch_first else (c.steps, c.batch)), P)
+        dim = 1 if c.batch_first else 0
+        rest = y.narrow(dim, 1 if d else 0, c.steps - 1)
+        first = h0.unsqueeze(dim)
+        return torch.cat([rest, first] if d else [first, rest], dim).flatten(0, 1)
+    sizes = offsets.diff()
+    t = torch.repeat_interleave(torch.arange(c.steps), sizes)
+    b = torch.arange(y.shape[0]) - offsets[t]
+    if d == 0:
+        at = torch.where(t > 0, offsets[t - 1] + b, y.shape[0] + b)
+    else:
+        after = (t + 1).clamp(max=c.steps - 1)
+        begun = (t + 1 < c.steps) & (b < sizes[after])
+        at = torch.where(begun, offsets[after] + b, y.shape[0] + b)
+    return torch.cat([y, h0])[at.to(y.device)]
+
+
+def _sent(y: Tensor, h0: Tensor | None, keep: Tensor | None, reset, d: int, c: Config, offsets) -> Tensor:
+    """[rows, P]: h' of each row, what the step multiplied with W_hh."""
+    P = y.shape[1]
+    last = _last_h(y, y.new_zeros(c.batch, P) if h0 is None else h0, d, c, offsets)
+    if reset is not None:
+        last = last.masked_fill(reset[:, None], 0.0)
+    if keep is None:
+        return last
+    if offsets is not None:
+        return last * torch.cat([keep[:n] for n in offsets.diff().tolist()])
+    shape = (c.batch, c.steps, P) if c.batch_first else (c.steps, c.batch, P)
+    return (last.view(shape) * (keep[:, None] if c.batch_first else keep)).flatten(0, 1)
+
+
+def _sum_over_rows(a: Tensor, b: Tensor) -> Tensor:
+    """a^T b, a block of rows at a time: one long sum loses more digits than a sum of sums, as step by step."""
+    if a.dtype.itemsize == 2:  # each sum is rounded
+        return torch.mm(a.t(), b)
+    rows = min(max(a.shape[0] // 4, 64), 512)
+    total = torch.mm(a[:rows].t(), b[:rows])
+    for first in range(rows, a.shape[0], rows):
+        total.addmm_(a[first : first + rows].t(), b[first : first + rows])
+    return total
+
+
+def _product_gradient(dp: Tensor, y: Tensor, h0: Tensor | None, keep, reset, d: int, c: Config, offsets) -> Tensor:
+    """dW_hh = sum over the rows of dp h'^T."""
+    if y.shape[0] == 0:
+        return y.new_zeros(dp.shape[1], y.shape[1])
+    if offsets is not None or c.batch_first or keep is not None or reset is not None:
+        return _sum_over_rows(dp, _sent(y, h0, keep, reset, d, c, offsets))
+    rest, B = (c.steps - 1) * c.batch, c.batch
+    dw = _sum_over_rows(dp[:rest], y[B:]) if d else _sum_over_rows(dp[B:], y[:rest])
+    if h0 is not None:
+        dw.addmm_((dp[rest:] if d else dp[:B]).t(), h0)
+    return dw
+
+
+def _projection_gradient(dm: Tensor, gates: Tensor, cells: Tensor, w: Direction, c: Config, last_c: Tensor) -> Tensor:
+    """dW_hr = sum over the rows of dm m^T, with m computed again."""
+    H = cells.shape[-1]
+    acc = cells.dtype
+    now = cells
+    if c.zoneout_c > 0:
+        i, g = gates[:, :H].to(acc), gates[:, -2 * H : -H].to(acc)
+        f = 1 - i if c.cell == "coupled" else gates[:, H : 2 * H].to(acc)
+        now = f * last_c + i * g
+    if w.ln_cell is not None:
+        now = F.layer_norm(now, (H,), w.ln_cell[0].to(acc), w.ln_cell[1].to(acc), c.eps)
+    m = gates[:, -H:].to(acc) * torch.tanh(now)
+    return _sum_over_rows(dm, m.to(dm.dtype))
+
+
+def backward_leaf(
+    dy: Tensor | None,
+    dh_n: Tensor | None,
+    dc_n: Tensor | None,
+    dcells: Tensor | None,
+    tensors: Sequence[Tensor | None],
+    y: Tensor,
+    gates: Tensor,
+    cells: Tensor | None,
+    c: Config,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    """A gradient for each tensor on the kernels of ``c.backend``; None where ``needs`` says so."""
+    D, N, H, P = _shape(tensors, c)
+    x, directions, G, S = tensors[0], _directions(tensors), GATES[c.cell], SAVED[c.cell]
+    h0, c0, keep, reset, _, offsets = tensors[_STATES:]
+    has_cells, acc = c.cell in HAS_CELLS, _acc(x.dtype)
+
+    def asked(name: str) -> bool:
+        at = 1 + Direction._fields.index(name)
+        return any(needs[at + d * _N_DIRECTION] for d in range(D))
+
+    dgx = x.new_empty(D, N, G * H)
+    normalised, projected = directions[0].ln_gates is not None, directions[0].w_hr is not None
+    dp = torch.empty_like(dgx) if c.cell == "gru" or normalised else None
+    dm = x.new_empty(D, N, P) if projected else None
+    dbias = x.new_empty(D, S, H, dtype=acc) if asked("b_ih") or asked("b_hh") else None
+    dpeephole = x.new_empty(D, G - 1, H, dtype=acc) if asked("peephole") else None
+    dln_gates = x.new_empty(D, G * H, dtype=acc) if asked("ln_gates") else None
+    dln_cell = x.new_empty(D, 2, H, dtype=acc) if asked("ln_cell") else None
+
+    def of_direction(t: Tensor | None, d: int) -> Tensor | None:
+        return None if t is None else t[d]
+
+    def sent(d: int) -> Tensor:
+        return _sent(y[:, d * P : (d + 1) * P], of_direction(h0, d), of_direction(keep, d), reset, d, c, offsets)
+
+    dh0 = x.new_empty(D, c.batch, P, dtype=acc)
+    dc0 = x.new_empty(D, c.batch, H, dtype=acc) if has_cells else None
+    if N == 0:
+        for t, d_n in ((dh0, dh_n), (dc0, dc_n)):
+            if t is not None:
+                t.zero_() if d_n is None else t.copy_(d_n)
+        for t in (dbias, dpeephole, dln_gates, dln_cell):
+            if t is not None:
+                t.zero_()
+    else:
+        products = None
+        if normalised:
+            with without_autocast(x.device):
+                products = torch.stack([sent(d).to(acc) @ w.w_hh.to(acc).t() for d, w in enumerate(directions)])
+        # In the place of gx, which backward does not read, the gates that came of it.
+        leaf(c.backend, "recurrent").recurrent_bwd(
+            _dense_rows(dy), _dense(dh_n), _dense(dc_n), _dense(dcells),
+            *_kernel_inputs(tensors, gates[:, :, : G * H], c), y, gates, cells, products,
+            dgx, dp, dm, dbias, dpeephole, dln_gates, dln_cell, dh0, dc0, *_arguments(c),
+        )  # fmt: skip
+    grads: list[Tensor | None] = [None] * _N_INPUTS
+    with without_autocast(x.device):
+        for d, w in enumerate(directions):
+            at = 1 + d * _N_DIRECTION
+            if w.w_ih is not None and needs[0]:
+                grads[0] = dgx[d] @ w.w_ih if grads[0] is None else torch.addmm(grads[0], dgx[d], w.w_ih)
+            if needs[at]:
+                grads[at] = _sum_over_rows(dgx[d], x)
+            if needs[at + 1]:
+                grads[at + 1] = _product_gradient(
+                    (dgx if dp is None else dp)[d], y[:, d * P : (d + 1) * P], of_direction(h0, d),
+                    of_direction(keep, d), reset, d, c, offsets,
+                )  # fmt: skip
+            if needs[at + 2]:
+                grads[at + 2] = dbias[d, :G].flatten().to(w.b_ih.dtype)
+            if needs[at + 3]:
+                of_b_n = (*dbias[d, :2], dbias[d, 3]) if c.cell == "gru" else tuple(dbias[d])
+                grads[at + 3] = torch.cat(of_b_n).to(w.b_hh.dtype)
+            if needs[at + 4]:
+                last_c = None
+                if c.zoneout_c > 0:
+                    start = cells.new_zeros(c.batch, H) if c0 is None else c0[d].to(acc)
+                    last_c = _last_h(cells[d], start, d, c, offsets)
+                    last_c = last_c if reset is None else last_c.masked_fill(reset[:, None], 0.0)
+                grads[at + 4] = _projection_gradient(dm[d], gates[d], cells[d], w, c, last_c)
+            if needs[at + 5]:
+                grads[at + 5] = dpeephole[d].to(w.peephole.dtype)
+            if needs[at + 6]:
+                grads[at + 6] = dln_gates[d].to(w.ln_gates.dtype)
+            if needs[at + 7]:
+                grads[at + 7] = dln_cell[d].to(w.ln_cell.dtype)
+        if directions[0].w_ih is None and needs[0]:
+            grads[0] = dgx[0] if D == 1 else torch.cat(list(dgx), -1)
+    if needs[_STATES]:
+        grads[_STATES] = dh0.to(h0.dtype)
+    if needs[_STATES + 1]:
+        grads[_STATES + 1] = dc0.to(c0.dtype)
+    return tuple(grads)
+
+
+# ---- the leaves as torch operators ----
+
+_CONFIG = (
+    "str cell, SymInt steps, SymInt batch, bool batch_first, float zoneout_h, float zoneout_c, float eps, "
+    "bool differentiated, bool return_states, str backend"
+)
+_INPUTS = "Tensor x, " + ", ".join(
+    f"Tensor{'' if (name, suffix) == ('w_hh', '') else '?'} {name}{suffix}"
+    for suffix in ("", "_r")
+    for name in Direction._fields
+)
+_INPUTS += ", Tensor? h0, Tensor? c0, Tensor? keep, Tensor? reset, Tensor? seed, Tensor? offsets"
+_library = torch.library.Library("pyops", "FRAGMENT")
+_library.define(
+    f"recurrent_fwd({_INPUTS}, {_CONFIG}) -> (Tensor y, Tensor h_n, Tensor c_n, Tensor gates, Tensor cells)"
+)
+_library.define(
+    f"recurrent_bwd(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor? dcells, {_INPUTS}, Tensor y, Tensor gates, "
+    f"Tensor? cells, {_CONFIG}, bool[] needs) -> Tensor[]"
+)
+
+
+def _present(t: Tensor | None, like: Tensor) -> Tensor:
+    """An operator's output, also where there is none: schemas have no optional results."""
+    return like.new_empty(0) if t is None else t
+
+
+def _fwd_operator(*args):
+    tensors, c = args[:_N_INPUTS], Config(*args[_N_INPUTS:])
+    return tuple(_present(t, tensors[0]) for t in forward_leaf(tensors, c))
+
+
+def _bwd_operator(*args):
+    grads, tensors = args[:4], args[4 : 4 + _N_INPUTS]
+    y, gates, cells, *config, needs = args[4 + _N_INPUTS :]
+    found = backward_leaf(*grads, tensors, y, gates, cells, Config(*config), needs)
+    # An operator's outputs share no memory.
+    return [
+        _present(t if t is None or t.untyped_storage().nbytes() == t.nbytes else t.clone(), tensors[0]) for t in found
+    ]
+
+
+for _device in ("CPU", "CUDA"):
+    _library.impl("recurrent_fwd", _fwd_operator, _device)
+    _library.impl("recurrent_bwd", _bwd_operator, _device)
+
+
+@torch.library.register_fake("pyops::recurrent_fwd", lib=_library)
+def _fwd_fake(*args):
+    tensors, c = args[:_N_INPUTS], Config(*args[_N_INPUTS:])
+    D, N, H, P = _shape(tensors, c)
+    x, has_cells = tensors[0], c.cell in HAS_CELLS
+    kept = c.differentiated or c.return_states
+    return (
+        x.new_empty(N, D * P),
+        x.new_empty(D, c.batch, P),
+        x.new_empty(D, c.batch, H) if has_cells else x.new_empty(0),
+        x.new_empty(D, N, SAVED[c.cell] * H) if kept else x.new_empty(0),
+        x.new_empty(D, N, H, dtype=_acc(x.dtype)) if kept and has_cells else x.new_empty(0),
+    )
+
+
+@torch.library.register_fake("pyops::recurrent_bwd", lib=_library)
+def _bwd_fake(*args):
+    tensors, needs = args[4 : 4 + _N_INPUTS], args[-1]
+    return [t.new_empty(t.shape) if need else tensors[0].new_empty(0) for t, need in zip(tensors, needs)]
+
+
+@torch.library.register_vmap("pyops::recurrent_fwd", lib=_library)
+def _fwd_vmap(info, in_dims, *args):
+    return autograd.per_sample(torch.ops.pyops.recurrent_fwd.default, info, in_dims, args)
+
+
+@torch.library.register_vmap("pyops::recurrent_bwd", lib=_library)
+def _bwd_vmap(info, in_dims, *args):
+    results, dims = autograd.per_sample(torch.ops.pyops.recurrent_bwd.default, info, in_dims, args)
+    return list(results), list(dims)
+
+
+# ---- autograd ----
+
+
+class RecurrentRule(autograd.Rule):
+    """Tensors: those of :func:`definition`. Saved: the same, then y, gates and cells."""
+
+    name = "Recurrent"
+    config = Config
+    n_tensors = _N_INPUTS
+    n_saved = _N_INPUTS + 3
+    n_grads = 4  # of y, h_n, c_n and cells
+    recomputed = tuple(range(_N_INPUTS, _N_INPUTS + 3))
+
+    @staticmethod
+    def forward(direct, tensors, config):
+        if direct:
+            return forward_leaf(tensors, config)
+        results = torch.ops.pyops.recurrent_fwd(*tensors, *config)
+        has_cells, kept = config.cell in HAS_CELLS, config.differentiated or config.return_states
+        here = (True, True, has_cells, kept, kept and has_cells)
+        return tuple(r if present else None for r, present in zip(results, here))
+
+    @staticmethod
+    def outputs(results, config):
+        y, h_n, c_n, _, cells = results
+        if config.cell not in HAS_CELLS:
+            return y, h_n
+        return (y, h_n, c_n, cells) if config.return_states else (y, h_n, c_n)
+
+    @staticmethod
+    def constants(results, config):
+        return (results[3],) if config.return_states else ()
+
+    @staticmethod
+    def saved(tensors, results, config):  # noqa: ARG004
+        return *tensors, results[0], results[3], results[4]
+
+    @staticmethod
+    def backward(direct, grads, saved, c, needs):
+        tensors, (y, gates, cells) = saved[:_N_INPUTS], saved[_N_INPUTS:]
+        needs = tuple(needs) + (False,) * (_N_INPUTS - len(needs))
+        if direct:
+            return backward_leaf(*grads, tensors, y, gates, cells, c, needs)
+        found = torch.ops.pyops.recurrent_bwd(*grads, *tensors, y, gates, cells, *c, needs)
+        return tuple(g if need else None for g, need in zip(found, needs))
+
+    @staticmethod
+    def formula(grads, saved, c, needs):
+        tensors = saved[:_N_INPUTS]
+        at = [i for i, need in enumerate(needs) if need]
+
+        def outputs(*some):
+            full = list(tensors)
+            for i, t in zip(at, some):
+                full[i] = t
+            y, h_n, c_n, _, cells = definition(full, c)
+            return tuple(t for t, g in zip((y, h_n, c_n, cells), grads) if g is not None)
+
+        _, vjp = torch.func.vjp(outputs, *(tensors[i] for i in at))
+        found = dict(zip(at, vjp(tuple(g for g in grads if g is not None))))
+        return tuple(found.get(i) for i in range(_N_INPUTS))
+
+
+_, _apply_plain, _apply_functorch = autograd.make(RecurrentRule)
+
+
+def _run(tensors: Sequence[Tensor | None], c: Config) -> tuple[Tensor | None, ...]:
+    """(y, h_n, c_n, gates, cells) of a valid call by the way that the surroundings allow."""
+    if c.backend in ("eager", "torch") or needs_definition():
+        y, h_n, c_n, gates, cells = definition(tensors, c)
+        return y, h_n, c_n, gates.detach(), cells
+    if functorch_active():
+        return _apply_functorch(c._replace(differentiated=True), *tensors)
+    direct = is_plain(*tensors)
+    if not (_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)):
+        return RecurrentRule.forward(direct, tensors, c)
+    c = c._replace(differentiated=True)
+    y, h_n, *rest = _apply_plain(direct, c, *(autograd.distinct(tensors) if is_compiling() else tensors))
+    c_n = rest.pop(0) if c.cell in HAS_CELLS else None
+    cells = rest.pop(0) if c.cell in HAS_CELLS and c.return_states else None
+    return y, h_n, c_n, rest.pop(0) if c.return_states else None, cells
+
+
+# ---- what the kernels of a backend do not serve ----
+
+
+def _unwritten(x: Tensor) -> str | None:  # noqa: ARG001
+    return 'it has no recurrent kernels yet; use "eager"'
+
+
+# By name, for explain() too: a reason, or None.
+LIMITS = {"cuda": _unwritten, "triton": _unwritten}
+
+
+def _choose(op: str, x: Tensor, backend: str | None) -> str:
+    return choose(op, x, backend, lambda name: LIMITS[name](x) if name in LIMITS else None)
+
+
+# ---- public functions ----
+
+
+class Options(NamedTuple):
+    """What the layers of a call share beyond torch's own arguments, checked."""
+
+    peepholes: Sequence[Tensor | None] | None
+    norms: Sequence[Sequence[Tensor | None]] | None
+    zoneout: tuple[float, float]
+    recurrent_dropout: float
+    eps: float
+    return_states: bool
+
+
+class States(NamedTuple):
+    """What a layer did at each step, with the leading dimensions of the input.
+
+    gates: (..., directions, S, hidden_size), what the gates became, without gradient: i, f, g, o of an LSTM (i, g, o of
+        a coupled one); r, z, n and the product that r multiplies, of a GRU; the new h of an RNN.
+    cells: (..., directions, hidden_size), c after the step, with gradient; float32 beside 16-bit input. None but for
+        LSTMs.
+    """
+
+    gates: Tensor
+    cells: Tensor | None
+
+
+def _fail(op: str, argument: str, rule: str, got: object, kind: type[Exception] = ValueError) -> NoReturn:
+    raise kind(f"{op}: {argument} must {rule}, got {got}")
+
+
+def _check_probability(op: str, name: str, p: object) -> float:
+    if isinstance(p, bool) or not isinstance(p, (int, float)):
+        _fail(op, name, "be a number", type(p).__name__, TypeError)
+    if not 0 <= p <= 1:
+        _fail(op, name, "lie in [0, 1]", p)
+    return float(p)
+
+
+def _check_tensor(op: str, name: str, t: object, like: Tensor | None, shape: tuple[int, ...] | None = None) -> None:
+    """``like`` gives the device and, outside of autocast, the dtype."""
+    if not isinstance(t, Tensor):
+        _fail(op, name, "be a torch.Tensor", type(t).__name__, TypeError)
+    if t.layout != torch.strided or t.is_nested:
+        _fail(op, name, "be a strided tensor", "a nested one" if t.is_nested else t.layout, TypeError)
+    if t.dtype not in FLOATING:
+        _fail(op, name, "have dtype float64, float32, bfloat16 or float16", t.dtype, TypeError)
+    if like is not None:
+        if t.device != like.device:
+            _fail(op, name, f"be on the device of input, {like.device}", t.device)
+        if t.dtype != like.dtype and not torch.is_autocast_enabled(like.device.type):
+            _fail(op, name, f"have the dtype of input, {like.dtype}", t.dtype, TypeError)
+    if shape is not None and tuple(t.shape) != shape:
+        _fail(op, name, f"have shape {shape}", tuple(t.shape))
+
+
+def _check_weights(op: str, cell: str, x: Tensor, weights: object, D: int, o: Options) -> tuple[int, int]:
+    """H and P, once the parameters of every layer and direction fit each other and the input."""
+    if not isinstance(weights, (tuple, list)) or not weights or len(weights) % D:
+        got = len(weights) if isinstance(weights, (tuple, list)) else type(weights).__name__
+        _fail(op, "weights", f"hold {D} sequence{'s' * (D > 1)} of tensors for each layer", got)
+    G, projects = GATES[cell], cell in HAS_CELLS
+    first = weights[0]
+    for i, each in enumerate(weights):
+        if not isinstance(each, (tuple, list)) or len(each) != 5:
+            got = len(each) if isinstance(each, (tuple, list)) else type(each).__name__
+            _fail(op, f"weights[{i}]", "be (w_ih, w_hh, b_ih, b_hh, w_hr), the last three possibly None", got)
+    _check_tensor(op, "weights[0][1]", first[1], x)
+    if first[1].dim() != 2 or first[1].shape[0] % G or first[1].shape[0] == 0:
+        _fail(op, "weights[0][1]", f"be w_hh, ({G} hidden_size, hidden_size)", tuple(first[1].shape))
+    H = first[1].shape[0] // G
+    P = H
+    if first[4] is not None:
+        if not projects:
+            _fail(op, "weights[0][4]", "be None: only an LSTM has a projection", "a tensor")
+        _check_tensor(op, "weights[0][4]", first[4], x)
+        if first[4].dim() != 2 or not 0 < first[4].shape[0] < H:
+            _fail(op, "weights[0][4]", "be w_hr, (proj_size, hidden_size) with proj_size < hidden_size",
+                  tuple(first[4].shape))  # fmt: skip
+        P = first[4].shape[0]
+    for i, each in enumerate(weights):
+        features = x.shape[-1] if i < D else D * P
+        shapes = ((G * H, features), (G * H, P), (G * H,), (G * H,), None if first[4] is None else (P, H))
+        for j, (t, shape) in enumerate(zip(each, shapes)):
+            if t is None and (j in (2, 3) or shape is None):
+                continue
+            if shape is None:
+                _fail(op, f"weights[{i}][{j}]", "be None like that of the first layer", "a tensor")
+            _check_tensor(op, f"weights[{i}][{j}]", t, x, shape)
+    for name, found, shapes in (
+        ("peepholes", o.peepholes, ((G - 1, H),)),
+        ("norms", o.norms, ((G * H,), (G * H,), (2, H) if projects else None)),
+    ):
+        if found is None:
+            continue
+        if not isinstance(found, (tuple, list)) or len(found) != len(weights):
+            _fail(op, name, "have an entry for each entry of weights, " + str(len(weights)),
+                  len(found) if isinstance(found, (tuple, list)) else type(found).__name__)  # fmt: skip
+        for i, each in enumerate(found):
+            group = (each,) if name == "peepholes" else each
+            if not isinstance(group, (tuple, list)) or len(group) != len(shapes):
+                _fail(op, f"norms[{i}]", "be the weights of the norms of input, gates and cell", type(group).__name__)
+            for t, shape in zip(group, shapes):
+                if shape is None and t is not None:
+                    _fail(op, f"norms[{i}]", "end in None: only an LSTM has a cell", "a tensor")
+                if shape is not None:
+                    _check_tensor(op, f"{name}[{i}]", t, x, shape)
+    return H, P
+
+
+def _check_reset(op: str, reset: object, x: Tensor, packed: bool, lead: tuple[int, ...]) -> Tensor:
+    """As rows."""
+    if packed != isinstance(reset, PackedSequence):
+        _fail(op, "reset", "be a PackedSequence exactly where input is one", type(reset).__name__, TypeError)
+    mark = reset.data if packed else reset
+    if not isinstance(mark, Tensor) or mark.dtype != torch.bool:
+        _fail(op, "reset", "be bool", getattr(mark, "dtype", type(mark).__name__), TypeError)
+    if tuple(mark.shape) != lead:
+        _fail(op, "reset", f"have shape {lead}", tuple(mark.shape))
+    if mark.device != x.device:
+        _fail(op, "reset", f"be on the device of input, {x.device}", mark.device)
+    return mark.reshape(-1)
+
+
+def _autocast(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return t if t is None or t.dtype == dtype else t.to(dtype)
+
+
+def _common_dtype(x: Tensor, w: Tensor) -> torch.dtype:
+    """torch's rule: under autocast recurrent layers compute in its dtype; float64 stays."""
+    if torch.is_autocast_enabled(x.device.type) and torch.float64 not in (x.dtype, w.dtype):
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype
+
+
+def _layer(
+    x: Tensor,
+    weights: Sequence[Sequence[Tensor | None]],
+    h0: Tensor | None,
+    c0: Tensor | None,
+    reset: Tensor | None,
+    offsets: Tensor | None,
+    o: Options,
+    at: int,
+    training: bool,
+    c: Config,
+) -> tuple[Tensor | None, ...]:
+    """(y, h_n, c_n, gates, cells) of one layer; x is [rows, features], ``weights`` has an entry for each direction,
+    the first one being entry ``at`` of the call's."""
+    tensors: list[Tensor | None] = []
+    projected = []
+    for d, (w_ih, w_hh, b_ih, b_hh, w_hr) in enumerate(weights):
+        of_gates = of_cell = None
+        if o.norms is not None:
+            of_input, of_gates, of_cell = (_autocast(t, x.dtype) for t in o.norms[at + d])
+            bias, b_n = _biases(Direction(w_ih, w_hh, b_ih, b_hh, w_hr, None, None, None), c.cell)
+            projected.append(layer_norm(F.linear(x, w_ih), w_ih.shape[:1], of_input, bias, o.eps, keep_dtype=True))
+            w_ih = b_ih = None
+            b_hh = None if b_n is None else F.pad(b_n, (w_hh.shape[0] - b_n.shape[0], 0))
+        peephole = None if o.peepholes is None else _autocast(o.peepholes[at + d], x.dtype)
+        tensors += [w_ih, w_hh, b_ih, b_hh, w_hr, peephole, of_gates, of_cell]
+    tensors += [None] * (2 * _N_DIRECTION - len(tensors))
+    x = torch.cat(projected, -1) if projected else x
+    keep = seed = None
+    if training and o.recurrent_dropout > 0:
+        keep = F.dropout(x.new_ones(len(weights), c.batch, weights[0][1].shape[1]), o.recurrent_dropout)
+    if training and max(o.zoneout) > 0:
+        seed = draw_seed(x.device)
+    return _run((x, *tensors, h0, c0, keep, reset, seed, offsets), c)
+
+
+def _sequence(
+    op: str,
+    cell: str,
+    input: Tensor | PackedSequence,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: Sequence[Sequence[Tensor | None]],
+    batch_first: bool,
+    bidirectional: bool,
+    dropout: float,
+    training: bool,
+    reset: Tensor | PackedSequence | None,
+    o: Options,
+    backend: str | None,
+) -> tuple[Tensor | PackedSequence, Tensor, Tensor | None, list[States]]:
+    """(output, h_n, c_n, states)."""
+    D = 2 if bidirectional else 1
+    packed = isinstance(input, PackedSequence)
+    x = input.data if packed else input
+    _check_tensor(op, "input", x, None)
+    batched = packed or x.dim() == 3
+    if packed and x.dim() != 2:
+        _fail(op, "input", "hold rows of features", f"shape {tuple(x.shape)}")
+    if not packed and x.dim() not in (2, 3):
+        _fail(op, "input", "have 2 dimensions (a sequence) or 3 (a batch of them)", x.dim())
+    H, P = _check_weights(op, cell, x, weights, D, o)
+    layers = len(weights) // D
+    offsets = None
+    if packed:
+        sizes = input.batch_sizes
+        steps, batch, batch_first = sizes.numel(), int(sizes[0]), False
+        offsets = F.pad(sizes.cumsum(0), (1, 0))
+    elif batched:
+        steps, batch = (x.shape[1], x.shape[0]) if batch_first else (x.shape[0], x.shape[1])
+    else:
+        steps, batch, batch_first = x.shape[0], 1, False
+    state = (layers * D, batch) if batched else (layers * D,)
+    for name, t, size in (("h0", h0, P), ("c0", c0, H)):
+        if t is not None:
+            _check_tensor(op, name, t, x, (*state, size))
+    if reset is not None:
+        reset = _check_reset(op, reset, x, packed, tuple(x.shape[:-1]))
+    name = _choose(op, x, backend)
+    dtype = _common_dtype(x, weights[0][0])
+    lead, x = x.shape[:-1], _autocast(x, dtype).reshape(-1, x.shape[-1])
+    states = []
+    for t in (h0, c0):
+        if t is not None:
+            t = _autocast(t if batched else t.unsqueeze(1), dtype)
+            if packed and input.sorted_indices is not None:
+                t = t.index_select(1, input.sorted_indices)
+        states.append(t)
+    h0, c0 = states
+    c = Config(cell, steps, batch, batch_first, *o.zoneout, o.eps, False, o.return_states, name)
+    if cell not in HAS_CELLS:
+        c = c._replace(zoneout_c=0.0)
+    h_ns, c_ns, found = [], [], []
+    for layer in range(layers):
+        at = layer * D
+        own = slice(at, at + D)
+        y, h_n, c_n, gates, cells = _layer(
+            x, [[_autocast(t, dtype) for t in each] for each in weights[own]], None if h0 is None else h0[own],
+            None if c0 is None else c0[own], reset, offsets, o, at, training, c,
+        )  # fmt: skip
+        h_ns.append(h_n)
+        c_ns.append(c_n)
+        if o.return_states:
+            gates = gates.unflatten(-1, (SAVED[cell], H)).movedim(0, 1).unflatten(0, lead)
+            found.append(States(gates, None if cells is None else cells.movedim(0, 1).unflatten(0, lead)))
+        x = F.dropout(y, dropout, training) if dropout > 0 and layer < layers - 1 else y
+    h_n = h_ns[0] if layers == 1 else torch.cat(h_ns)
+    c_n = None if cell not in HAS_CELLS else c_ns[0] if layers == 1 else torch.cat(c_ns)
+    if packed:
+        if input.unsorted_indices is not None:
+            h_n = h_n.index_select(1, input.unsorted_indices)
+            c_n = None if c_n is None else c_n.index_select(1, input.unsorted_indices)
+        return PackedSequence(x, *input[1:]), h_n, c_n, found
+    if not batched:
+        h_n, c_n = h_n.squeeze(1), None if c_n is None else c_n.squeeze(1)
+    return x.unflatten(0, lead), h_n, c_n, found
+
+
+def _options(
+    op: str, peepholes: Any, norms: Any, zoneout: Any, recurrent_dropout: Any, eps: Any, return_states: bool
+) -> Options:
+    pair = tuple(zoneout) if isinstance(zoneout, (tuple, list)) else (zoneout, zoneout)
+    if len(pair) != 2:
+        _fail(op, "zoneout", "be a number, or two of them (of h and of c)", len(pair))
+    pair = tuple(_check_probability(op, "zoneout", p) for p in pair)
+    recurrent_dropout = _check_probability(op, "recurrent_dropout", recurrent_dropout)
+    if isinstance(eps, bool) or not isinstance(eps, (int, float)) or not 0 <= eps < float("inf"):
+        _fail(op, "eps", "be a finite number, not negative", eps)
+    return Options(peepholes, norms, pair, recurrent_dropout, float(eps), bool(return_states))
+
+
+def _states(op: str, hx: object) -> tuple[Tensor | None, Tensor | None]:
+    if hx is None:
+        return None, None
+    if not isinstance(hx, (tuple, list)) or len(hx) != 2:
+        _fail(op, "hx", "be a pair (h0, c0)", type(hx).__name__, TypeError)
+    return tuple(hx)
+
+
+def lstm(
+    input: Tensor | PackedSequence,
+    hx: tuple[Tensor, Tensor] | None,
+    weights: Sequence[Sequence[Tensor | None]],
+    *,
+    batch_first: bool = False,
+    bidirectional: bool = False,
+    dropout: float = 0.0,
+    training: bool = False,
+    reset: Tensor | PackedSequence | None = None,
+    coupled: bool = False,
+    peepholes: Sequence[Tensor] | None = None,
+    norms: Sequence[Sequence[Tensor | None]] | None = None,
+    zoneout: float | tuple[float, float] = 0.0,
+    recurrent_dropout: float = 0.0,
+    eps: float = 1e-5,
+    return_states: bool = False,
+    backend: str | None = None,
+) -> tuple[Any, ...]:
+    """A long short-term memory over whole sequences (Hochreiter, Schmidhuber 1997; Gers et al. 2000).
+
+        i, f, o = sigmoid(W_ih x + b_ih + W_hh h + b_hh)        g = tanh(...)        each with its own rows
+        c = f c + i g        h = o tanh(c), or W_hr (o tanh(c)) with a projection (Sak et al. 2014)
+
+    Args:
+        input: (T, B, features), (B, T, features) with ``batch_first``, (T, features) of a single sequence, or a
+            PackedSequence. float64, float32, bfloat16 or float16. T and B may be 0.
+        hx: (h0, c0), of (layers * directions, B, proj_size or hidden_size) and (layers * directions, B, hidden_size),
+            without B for a single sequence; None: zeros.
+        weights: (w_ih, w_hh, b_ih, b_hh, w_hr) for each layer and direction, in torch's order and shapes; biases and
+            w_hr (the projection) may be None. Any strides.
+        batch_first, bidirectional: as in torch.nn.LSTM.
+        dropout: of each layer's output but the last one's, where ``training``.
+        reset: bool, like input without its features: h and c are 0 before a step where it is set.
+        coupled: f = 1 - i (Greff et al. 2017); w_ih, w_hh and biases hold i, g and o.
+        peepholes: for each entry of weights (3, hidden_size): what i, f (of c before the step) and o (of c after it)
+            add to their sums (Gers, Schmidhuber 2000); (2, hidden_size) of i and o where ``coupled``.
+        norms: for each entry of weights the weights of three layer norms (Ba et al. 2016): of W_ih x and W_hh h, each
+            (gates * hidden_size,) over all gates, and of c inside of tanh, (2, hidden_size) with its bias.
+        zoneout: probability, or those of h and of c, that a unit keeps its state (Krueger et al. 2017); in evaluation
+            the expected value.
+        recurrent_dropout: of h on its way into W_hh, one mask for all steps of a sequence (Gal, Ghahramani 2016).
+        eps: of the norms.
+        return_states: also return a :class:`States` for each layer.
+        backend: "eager", "cpu", "cuda" or "triton"; None chooses (see :func:`pyops.explain`).
+
+    What applies to which cell:
+
+        ==================== ==== === ===
+        option               lstm gru rnn
+        ==================== ==== === ===
+        reset                yes  yes yes
+        norms                yes  yes yes
+        zoneout              h, c h   h
+        recurrent_dropout    yes  yes yes
+        return_states        yes  yes yes
+        peepholes            yes
+        coupled              yes
+        projection (w_hr)    yes
+        ==================== ==== === ===
+
+    Returns:
+        (output, (h_n, c_n)) as torch.nn.LSTM, and the states where asked for.
+
+    Raises:
+        ValueError, TypeError: ``lstm: <argument> must <rule>, got <value>``, before any work is done.
+
+    Differs from torch.nn.LSTM: the options; empty sequences and batches; gradients of every order, on every backend;
+    in 16 bits gates and c are float32. Randomness is drawn once per call from torch's generator.
+    """
+    h0, c0 = _states("lstm", hx)
+    o = _options("lstm", peepholes, norms, zoneout, recurrent_dropout, eps, return_states)
+    dropout = _check_probability("lstm", "dropout", dropout)
+    output, h_n, c_n, states = _sequence(
+        "lstm", "coupled" if coupled else "lstm", input, h0, c0, weights, batch_first, bidirectional, dropout, training,
+        reset, o, backend,
+    )  # fmt: skip
+    return (output, (h_n, c_n), states) if o.return_states else (output, (h_n, c_n))
+
+
+def gru(
+    input: Tensor | PackedSequence,
+    hx: Tensor | None,
+    weights: Sequence[Sequence[Tensor | None]],
+    *,
+    batch_first: bool = False,
+    bidirectional: bool = False,
+    dropout: float = 0.0,
+    training: bool = False,
+    reset: Tensor | PackedSequence | None = None,
+    norms: Sequence[Sequence[Tensor | None]] | None = None,
+    zoneout: float = 0.0,
+    recurrent_dropout: float = 0.0,
+    eps: float = 1e-5,
+    return_states: bool = False,
+    backend: str | None = None,
+) -> tuple[Any, ...]:
+    """Gated recurrent units over whole sequences (Cho et al. 2014), in the form that torch and cuDNN have.
+
+        r, z = sigmoid(W_ih x + b_ih + W_hh h + b_hh)        n = tanh(W_in x + b_in + r (W_hn h + b_hn))
+        h = (1 - z) n + z h
+
+    Args: as in :func:`lstm`, with hx being h0 alone, weights ending in None, and norms in None for the cell.
+
+    Returns:
+        (output, h_n) as torch.nn.GRU, and the states where asked for.
+
+    Raises:
+        ValueError, TypeError: ``gru: <argument> must <rule>, got <value>``, before any work is done.
+
+    Differs from torch.nn.GRU: as :func:`lstm` does from torch.nn.LSTM.
+    """
+    o = _options("gru", None, norms, zoneout, recurrent_dropout, eps, return_states)
+    dropout = _check_probability("gru", "dropout", dropout)
+    output, h_n, _, states = _sequence(
+        "gru", "gru", input, hx, None, weights, batch_first, bidirectional, dropout, training, reset, o, backend
+    )
+    return (output, h_n, states) if o.return_states else (output, h_n)
+
+
+def rnn(
+    input: Tensor | PackedSequence,
+    hx: Tensor | None,
+    weights: Sequence[Sequence[Tensor | None]],
+    *,
+    nonlinearity: str = "tanh",
+    batch_first: bool = False,
+    bidirectional: bool = False,
+    dropout: float = 0.0,
+    training: bool = False,
+    reset: Tensor | PackedSequence | None = None,
+    norms: Sequence[Sequence[Tensor | None]] | None = None,
+    zoneout: float = 0.0,
+    recurrent_dropout: float = 0.0,
+    eps: float = 1e-5,
+    return_states: bool = False,
+    backend: str | None = None,
+) -> tuple[Any, ...]:
+    """A simple recurrent network over whole sequences (Elman 1990).
+
+        h = tanh(W_ih x + b_ih + W_hh h + b_hh)        or relu
+
+    Args: as in :func:`gru`, and
+        nonlinearity: "tanh" or "relu".
+
+    Returns:
+        (output, h_n) as torch.nn.RNN, and the states where asked for.
+
+    Raises:
+        ValueError, TypeError: ``rnn: <argument> must <rule>, got <value>``, before any work is done.
+
+    Differs from torch.nn.RNN: as :func:`lstm` does from torch.nn.LSTM.
+    """
+    cell = _rnn_cell("rnn", nonlinearity)
+    o = _options("rnn", None, norms, zoneout, recurrent_dropout, eps, return_states)
+    dropout = _check_probability("rnn", "dropout", dropout)
+    output, h_n, _, states = _sequence(
+        "rnn", cell, input, hx, None, weights, batch_first, bidirectional, dropout, training, reset, o, backend
+    )
+    return (output, h_n, states) if o.return_states else (output, h_n)
+
+
+def _rnn_cell(op: str, nonlinearity: object) -> str:
+    if nonlinearity not in ("tanh", "relu"):
+        _fail(op, "nonlinearity", 'be "tanh" or "relu"', repr(nonlinearity))
+    return f"rnn_{nonlinearity}"
+
+
+def _one_step(
+    op: str, cell: str, input: Tensor, h: Tensor | None, c: Tensor | None, w: tuple, training: bool, o: Options,
+    backend: str | None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """(h, c) after one step of a sequence or a batch of them."""
+    _check_tensor(op, "input", input, None)
+    if input.dim() not in (1, 2):
+        _fail(op, "input", "have 1 dimension (features) or 2 (a batch of them)", input.dim())
+    batched = input.dim() == 2
+    x = input if batched else input.unsqueeze(0)
+    H, P = _check_weights(op, cell, x, (w,), 1, o)
+    for name, t, size in (("h", h, P), ("c", c, H)):
+        if t is not None:
+            _check_tensor(op, name, t, input, (x.shape[0], size) if batched else (size,))
+    dtype = _common_dtype(x, w[0])
+    config = Config(cell, 1, x.shape[0], False, *o.zoneout, o.eps, False, False, _choose(op, input, backend))
+    if cell not in HAS_CELLS:
+        config = config._replace(zoneout_c=0.0)
+    h, c = (None if t is None else _autocast(t, dtype).reshape(1, x.shape[0], -1) for t in (h, c))
+    weights = [[_autocast(t, dtype) for t in w]]
+    y, _, c_n, _, _ = _layer(_autocast(x, dtype), weights, h, c, None, None, o, 0, training, config)
+    c_n = None if c_n is None else c_n[0]
+    return (y, c_n) if batched else (y[0], None if c_n is None else c_n[0])
+
+
+def lstm_cell(
+    input: Tensor,
+    hx: tuple[Tensor, Tensor] | None,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+    *,
+    w_hr: Tensor | None = None,
+    coupled: bool = False,
+    peephole: Tensor | None = None,
+    norm: Sequence[Tensor] | None = None,
+    zoneout: float | tuple[float, float] = 0.0,
+    training: bool = False,
+    eps: float = 1e-5,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """One step of an LSTM; formula, shapes of the parameters and options as in :func:`lstm`.
+
+    Args:
+        input: (B, features), or (features,).
+        hx: (h, c), of (B, proj_size or hidden_size) and (B, hidden_size), without B for (features,); None: zeros.
+        w_ih, w_hh, b_ih, b_hh, w_hr: an entry of :func:`lstm`'s weights; peephole, norm: of its peepholes and norms.
+
+    Returns:
+        (h, c) after the step.
+
+    Raises:
+        ValueError, TypeError: ``lstm_cell: <argument> must <rule>, got <value>``, before any work is done.
+
+    Differs from torch.lstm_cell: the options; a single sequence; hx may be None.
+    """
+    op = "lstm_cell"
+    h, c = _states(op, hx)
+    o = _options(op, _one(peephole), _one(norm), zoneout, 0.0, eps, False)
+    cell = "coupled" if coupled else "lstm"
+    return _one_step(op, cell, input, h, c, (w_ih, w_hh, b_ih, b_hh, w_hr), training, o, backend)
+
+
+def gru_cell(
+    input: Tensor,
+    hx: Tensor | None,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+    *,
+    norm: Sequence[Tensor | None] | None = None,
+    zoneout: float = 0.0,
+    training: bool = False,
+    eps: float = 1e-5,
+    backend: str | None = None,
+) -> Tensor:
+    """One step of a GRU: h after it. Formula and options as in :func:`gru`, arguments as in :func:`lstm_cell`.
+
+    Raises:
+        ValueError, TypeError: ``gru_cell: <argument> must <rule>, got <value>``, before any work is done.
+
+    Differs from torch.gru_cell: the options; a single sequence; hx may be None.
+    """
+    o = _options("gru_cell", None, _one(norm), zoneout, 0.0, eps, False)
+    return _one_step("gru_cell", "gru", input, hx, None, (w_ih, w_hh, b_ih, b_hh, None), training, o, backend)[0]
+
+
+def rnn_cell(
+    input: Tensor,
+    hx: Tensor | None,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+    *,
+    nonlinearity: str = "tanh",
+    norm: Sequence[Tensor | None] | None = None,
+    zoneout: float = 0.0,
+    training: bool = False,
+    eps: float = 1e-5,
+    backend: str | None = None,
+) -> Tensor:
+    """One step of an Elman RNN: h after it. Formula and options as in :func:`rnn`, arguments as in :func:`lstm_cell`.
+
+    Raises:
+        ValueError, TypeError: ``rnn_cell: <argument> must <rule>, got <value>``, before any work is done.
+
+    Differs from torch.rnn_tanh_cell and torch.rnn_relu_cell: the options; a single sequence; hx may be None.
+    """
+    cell = _rnn_cell("rnn_cell", nonlinearity)
+    o = _options("rnn_cell", None, _one(norm), zoneout, 0.0, eps, False)
+    return _one_step("rnn_cell", cell, input, hx, None, (w_ih, w_hh, b_ih, b_hh, None), training, o, backend)[0]
+
+
+def _one(t: Any) -> tuple | None:
+    return None if t is None else (t,)
+
+
+# torch.fx then keeps a call as one node, as it does with torch's own functions.
+for _name in ("lstm", "gru", "rnn", "lstm_cell", "gru_cell", "rnn_cell"):
+    torch.fx.wrap(_name)
+
+# ---- modules ----
+
+_OPTIONS = ("layer_norm", "peephole", "coupled", "zoneout", "recurrent_dropout", "eps", "return_states", "backend")
+
+
+class _Sequence(nn.RNNBase):
+    """What LSTM, GRU and RNN share."""
+
+    # Class attributes, so that a torch module whose class is exchanged has them too.
+    layer_norm = False
+    peephole = False
+    coupled = False
+    zoneout: float | tuple[float, float] = 0.0
+    recurrent_dropout = 0.0
+    eps = 1e-5
+    return_states = False
+    backend: str | None = None
+
+    def __init__(self, mode: str, args: tuple, kwargs: dict[str, Any]) -> None:
+        op = type(self).__name__
+        options = {name: kwargs.pop(name) for name in _OPTIONS if name in kwargs}
+        dropout = args[5] if len(args) > 5 else kwargs.get("dropout", 0.0)
+        _check_probability(op, "dropout", dropout)
+        checked = _options(op, None, None, options.get("zoneout", 0.0), options.get("recurrent_dropout", 0.0),
+                           options.get("eps", 1e-5), False)  # fmt: skip
+        for name in ("peephole", "coupled"):
+            if options.get(name) and mode != "LSTM":
+                _fail(op, name, "be False: only an LSTM has it", options[name])
+        if mode != "LSTM" and checked.zoneout[0] != checked.zoneout[1]:
+            _fail(op, "zoneout", "be one number: only an LSTM has a cell", options["zoneout"])
+        super().__init__(mode, *args, **kwargs)
+        for name, value in options.items():
+            setattr(self, name, value)
+        self._add_parameters()
+
+    def _add_parameters(self) -> None:
+        """What the options need beyond torch's parameters."""
+        H = self.hidden_size
+        weight = self.weight_hh_l0
+        if self.coupled:
+            for name in [n for n, _ in self.named_parameters() if not n.startswith("weight_hr")]:
+                own = getattr(self, name)
+                setattr(self, name, nn.Parameter(own.new_empty(3 * H, *own.shape[1:])))
+        G = self.weight_hh_l0.shape[0] // H
+        for suffix in self._suffixes():
+            if self.peephole:
+                setattr(self, f"peephole{suffix}", nn.Parameter(weight.new_empty(G - 1, H)))
+            if self.layer_norm:
+                setattr(self, f"norm_ih{suffix}", nn.Parameter(weight.new_empty(G * H)))
+                setattr(self, f"norm_hh{suffix}", nn.Parameter(weight.new_empty(G * H)))
+                if self.mode == "LSTM":
+                    setattr(self, f"norm_cell{suffix}", nn.Parameter(weight.new_empty(2, H)))
+        if self.coupled or self.peephole or self.layer_norm:
+            self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        for name, parameter in self.named_parameters():
+            if name.startswith("norm_"):
+                nn.init.ones_(parameter)
+                if name.startswith("norm_cell"):
+                    nn.init.zeros_(parameter[1])
+
+    def _suffixes(self) -> list[str]:
+        ends = ("", "_reverse") if self.bidirectional else ("",)
+        return [f"_l{layer}{end}" for layer in range(self.num_layers) for end in ends]
+
+    def _arguments(self) -> dict[str, Any]:
+        # By name: functional_call and parametrizations do not reach _flat_weights.
+        def found(names: Sequence[str], suffix: str) -> tuple[Tensor | None, ...]:
+            return tuple(getattr(self, name + suffix, None) for name in names)
+
+        suffixes = self._suffixes()
+        kinds = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
+        arguments = {
+            "weights": [found(kinds, suffix) for suffix in suffixes],
+            "batch_first": self.batch_first, "bidirectional": self.bidirectional, "dropout": float(self.dropout),
+            "training": self.training, "zoneout": self.zoneout, "recurrent_dropout": self.recurrent_dropout,
+            "eps": self.eps, "return_states": self.return_states, "backend": self.backend,
+        }  # fmt: skip
+        if self.layer_norm:
+            arguments["norms"] = [found(("norm_ih", "norm_hh", "norm_cell"), suffix) for suffix in suffixes]
+        return arguments
+
+    def extra_repr(self) -> str:
+        given = [
+            f"{name}={getattr(self, name)!r}" for name in _OPTIONS if getattr(self, name) != getattr(_Sequence, name)
+        ]
+        return ", ".join([super().extra_repr(), *given])
+
+
+class LSTM(_Sequence):
+    """torch.nn.LSTM on :func:`pyops.lstm`; same arguments, parameters and state_dict.
+
+    Args: those of torch.nn.LSTM, and as keywords
+        layer_norm, peephole: norms and peepholes of :func:`pyops.lstm`, with parameters ``norm_ih_l0``, ``norm_hh_l0``,
+            ``norm_cell_l0`` and ``peephole_l0`` (and so on for each layer and direction).
+        coupled, zoneout, recurrent_dropout, eps, return_states, backend: as in :func:`pyops.lstm`.
+
+    ``forward(input, hx=None, *, reset=None)``. Differs from torch.nn.LSTM: it is no subclass of it (such a class cannot
+    be compiled as one graph), but of torch.nn.RNNBase; the options, and what :func:`pyops.lstm` names.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__("LSTM", args, kwargs)
+
+    def forward(self, input, hx=None, *, reset=None):
+        arguments = self._arguments()
+        if self.peephole:
+            arguments["peepholes"] = [getattr(self, f"peephole{suffix}") for suffix in self._suffixes()]
+        return lstm(input, hx, reset=reset, coupled=self.coupled, **arguments)
+
+
+class GRU(_Sequence):
+    """torch.nn.GRU on :func:`pyops.gru`; same arguments, parameters and state_dict.
+
+    The options are those of :class:`LSTM` but peephole, coupled and the norm of the cell; so are the differences.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        if "proj_size" in kwargs:
+            _fail("GRU", "proj_size", "not be given: only an LSTM has a projection", kwargs["proj_size"])
+        super().__init__("GRU", args, kwargs)
+
+    def forward(self, input, hx=None, *, reset=None):
+        return gru(input, hx, reset=reset, **self._arguments())
+
+
+class RNN(_Sequence):
+    """torch.nn.RNN on :func:`pyops.rnn`; same arguments, parameters and state_dict.
+
+    The options are those of :class:`LSTM` but peephole, coupled and the norm of the cell; so are the differences.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        if "proj_size" in kwargs:
+            _fail("RNN", "proj_size", "not be given: only an LSTM has a projection", kwargs["proj_size"])
+        if len(args) > 3:
+            nonlinearity, args = args[3], args[:3] + args[4:]
+        else:
+            nonlinearity = kwargs.pop("nonlinearity", "tanh")
+        mode = _rnn_cell("RNN", nonlinearity).upper()
+        super().__init__(mode, args, kwargs)
+        self.nonlinearity = nonlinearity
+
+    def forward(self, input, hx=None, *, reset=None):
+        nonlinearity = "tanh" if self.mode == "RNN_TANH" else "relu"
+        return rnn(input, hx, nonlinearity=nonlinearity, reset=reset, **self._arguments())
+
+
+class LSTMCell(nn.LSTMCell):
+    """torch.nn.LSTMCell on :func:`pyops.lstm_cell`; same arguments, parameters and state_dict."""
+
+    backend: str | None = None
+
+    def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        return lstm_cell(input, hx, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh, backend=self.backend)
+
+
+class GRUCell(nn.GRUCell):
+    """torch.nn.GRUCell on :func:`pyops.gru_cell`; same arguments, parameters and state_dict."""
+
+    backend: str | None = None
+
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        return gru_cell(input, hx, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh, backend=self.backend)
+
+
+class RNNCell(nn.RNNCell):
+    """torch.nn.RNNCell on :func:`pyops.rnn_cell`; same arguments, parameters and state_dict."""
+
+    backend: str | None = None
+
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        return rnn_cell(
+            input, hx, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh, nonlinearity=self.nonlinearity,
+            backend=self.backend,
+        )  # fmt: skip

@@ -1,0 +1,447 @@
+"""lstm, gru, rnn, their cells and modules: numbers, gradients, transforms and errors."""
+
+from __future__ import annotations
+
+import itertools
+import re
+
+import pytest
+import torch
+from conftest import TARGETS, Target
+from oracle import Oracle
+from recurrent_cases import BF16, F16, F32, F64, Case, inputs, judge, on, results
+from torch.autograd import gradcheck, gradgradcheck
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence
+
+import pyops
+from pyops import recurrent
+from pyops.recurrent import GATES
+
+# The CUDA kernels do not exist yet (recurrent.LIMITS says so), so there is nothing for the executor.
+SERVING = [t for t in TARGETS if t.name not in ("simt", "cuda", "triton")]
+
+
+@pytest.fixture(params=SERVING, ids=str)
+def backend(request: pytest.FixtureRequest) -> Target:
+    return request.param
+
+
+@pytest.fixture(params=[t for t in SERVING if t.name != "eager"], ids=str)
+def kernels(request: pytest.FixtureRequest) -> Target:
+    return request.param
+
+
+OPTIONS = [
+    {},
+    {"states": False, "bias": False},
+    {"keep": True},
+    {"reset": True},
+    {"zoneout": 0.3},
+    {"zoneout": 0.3, "training": False},
+    {"batch_first": True},
+    {"peephole": True},
+    {"norm": True},
+    {"proj": True},
+    {"keep": True, "reset": True, "zoneout": 0.3, "peephole": True},
+    {"keep": True, "reset": True, "zoneout": 0.2, "peephole": True, "norm": True, "proj": True},
+]
+SHAPES = [(5, 1, 7), (4, 3, 40), (6, 40, 33), (1, 2, 5), (3, 17, 64)]  # steps, batch, hidden
+
+
+LARGER = [(5, 16, 48), (6, 40, 37), (3, 17, 64)]  # the largest of few errors is a matter of luck
+
+
+def grid(shapes: list[tuple[int, int, int]] = SHAPES, **fixed: object) -> list[Case]:
+    return [
+        Case(cell, *shape, directions=D, packed=packed, **options, **fixed)
+        for cell in GATES
+        for shape, D, packed, options in itertools.product(shapes, (1, 2), (False, True), OPTIONS)
+    ]
+
+
+# ---- numbers ----
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_float64_is_the_definition(kernels: Target, threads: int) -> None:
+    torch.set_num_threads(threads)
+    cases = on(kernels, grid())
+    for case in cases:
+        tensors = inputs(case)
+        expected = results(case, tensors, "definition")
+        found = results(case, tensors, kernels.name)
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-10, atol=1e-10, msg=f"{case} {name}")
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
+def test_errors(kernels: Target, dtype: torch.dtype) -> None:
+    with Oracle(f"recurrent layers on {kernels}", mean=True) as oracle:
+        for case in on(kernels, grid(LARGER, dtype=dtype)):
+            judge(oracle, case, kernels.name)
+
+
+@pytest.mark.parametrize("cell", GATES)
+def test_long_sequences(kernels: Target, cell: str) -> None:
+    """Errors do not build up over a thousand steps beyond those of torch."""
+    with Oracle(f"{cell} over 1024 steps on {kernels}") as oracle:
+        judge(oracle, Case(cell, 1024, 4, 48, dtype=F32), kernels.name)
+
+
+def test_functions_of_large_and_small_numbers(kernels: Target) -> None:
+    """tanh and the sigmoid at every magnitude, at infinity, and NaN."""
+    x = torch.cat([torch.logspace(-40, 38, 400), torch.linspace(0, 12, 400), torch.tensor([float("inf")])])
+    x = torch.cat([x, -x, torch.tensor([0.0, float("nan")])])
+    zero = torch.zeros(1, 1)
+    one = torch.ones(1, 1)
+    h = pyops.rnn_cell(x[:, None], None, one, zero, backend=kernels.name)[:, 0]
+    exact = torch.tanh(x.double())
+    torch.testing.assert_close(h.double(), exact, rtol=4e-7, atol=1e-44, equal_nan=True)
+    w = torch.tensor([[0.0], [1.0], [0.0]])  # of a GRU with h = 1 and n = 0: h' = z
+    x = x[x.isfinite()]
+    z = pyops.gru_cell(x[:, None], torch.ones(len(x), 1), w, torch.zeros(3, 1), backend=kernels.name)[:, 0]
+    torch.testing.assert_close(z.double(), torch.sigmoid(x.double()), rtol=4e-7, atol=2e-38, equal_nan=True)
+
+
+def test_repeats_bitwise(kernels: Target) -> None:
+    torch.set_num_threads(2)
+    for case in on(kernels, [Case("lstm", 7, 33, 40, dtype=F32, zoneout=0.2, packed=True), Case("gru", dtype=F32)]):
+        tensors = inputs(case)
+        first = results(case, tensors, kernels.name)
+        for _ in range(5):
+            again = results(case, tensors, kernels.name)
+            assert all(torch.equal(again[name], value) for name, value in first.items())
+
+
+def test_result_does_not_depend_on_gradients(kernels: Target) -> None:
+    for case in on(kernels, [Case(cell, 9, 5, 40, dtype=F32) for cell in GATES]):
+        tensors = inputs(case)
+        alone = recurrent._run(
+            tensors, case.config._replace(backend=kernels.name, return_states=False, differentiated=False)
+        )
+        with_gradients = results(case, tensors, kernels.name)
+        assert torch.equal(alone[0], with_gradients["y"])
+        assert alone[3] is None
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn_tanh"])
+def test_randomness_repeats(backend: Target, cell: str) -> None:
+    """Zoneout and recurrent dropout are drawn from torch's generator, and alike on every backend."""
+    kind = {"lstm": "LSTM", "gru": "GRU", "rnn_tanh": "RNN"}[cell]
+    module = getattr(pyops.nn, kind)(4, 8, 2, zoneout=0.3, recurrent_dropout=0.5, dropout=0.5, backend=backend.name)
+    x = torch.randn(6, 3, 4)
+    found = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        found.append(module(x)[0])
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[0], found[2])
+    torch.manual_seed(1)
+    with pyops.use_backend("eager"):
+        module.backend = None
+        torch.testing.assert_close(module(x)[0], found[0])
+
+
+# ---- torch's modules ----
+
+KINDS = ("LSTM", "GRU", "RNN")
+
+
+def twins(kind: str, *args: object, **kwargs: object) -> tuple[torch.nn.Module, torch.nn.Module]:
+    theirs = getattr(torch.nn, kind)(*args, **kwargs, dtype=F64)
+    mine = getattr(pyops.nn, kind)(*args, **kwargs, dtype=F64)
+    mine.load_state_dict(theirs.state_dict())
+    return theirs, mine
+
+
+def flat(found: object) -> list[torch.Tensor]:
+    if isinstance(found, PackedSequence):
+        return [found.data]
+    return [found] if isinstance(found, torch.Tensor) else [t for each in found for t in flat(each)]
+
+
+@pytest.mark.parametrize("form", ["dense", "packed", "unbatched"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_modules_are_torchs(backend: Target, kind: str, form: str) -> None:
+    """Outputs and all gradients, of every argument of torch's modules."""
+    for layers, bidirectional, batch_first, bias, proj in itertools.product((1, 2), *([(False, True)] * 3), (0, 3)):
+        if proj and kind != "LSTM":
+            continue
+        options = {"proj_size": proj} if proj else {}
+        options |= {"nonlinearity": "relu"} if kind == "RNN" and bias else {}
+        theirs, mine = twins(
+            kind, 4, 5, layers, bias=bias, batch_first=batch_first, bidirectional=bidirectional, **options
+        )
+        mine.backend = backend.name
+        D = 1 + bidirectional
+        lead = (layers * D,) if form == "unbatched" else (layers * D, 3)
+        hx = [torch.randn(*lead, n, dtype=F64, requires_grad=True) for n in (proj or 5, 5)]
+        shape = (7, 4) if form == "unbatched" else (3, 7, 4) if batch_first else (7, 3, 4)
+        for states in ((tuple(hx) if kind == "LSTM" else hx[0]), None):
+            found = []
+            for module in (theirs, mine):
+                torch.manual_seed(3)
+                x = torch.randn(shape, dtype=F64, requires_grad=True)
+                given = x
+                if form == "packed":
+                    given = pack_padded_sequence(x, torch.tensor([4, 7, 2]), batch_first, enforce_sorted=False)
+                outputs = flat(module(given, states))
+                loss = sum((t * torch.randn(t.shape, dtype=F64)).sum() for t in outputs)
+                wanted = [x, *module.parameters(), *(flat(states) if states is not None else ())]
+                found.append([*outputs, *torch.autograd.grad(loss, wanted)])
+            for a, b in zip(*found):
+                torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("kind", ["LSTMCell", "GRUCell", "RNNCell"])
+def test_cells_are_torchs(backend: Target, kind: str, bias: bool) -> None:
+    theirs, mine = twins(kind, 4, 5, bias=bias)
+    mine.backend = backend.name
+    for lead in ((3,), ()):
+        h, c = (torch.randn(*lead, 5, dtype=F64, requires_grad=True) for _ in range(2))
+        x = torch.randn(*lead, 4, dtype=F64, requires_grad=True)
+        for hx in (None, (h, c) if kind == "LSTMCell" else h):
+            expected, found = flat(theirs(x, hx)), flat(mine(x, hx))
+            wanted = [x, *mine.parameters()] + ([] if hx is None else flat(hx))
+            theirs_wanted = [x, *theirs.parameters()] + ([] if hx is None else flat(hx))
+            grads = torch.autograd.grad(sum(t.square().sum() for t in found), wanted)
+            their_grads = torch.autograd.grad(sum(t.square().sum() for t in expected), theirs_wanted)
+            for a, b in zip([*expected, *their_grads], [*found, *grads]):
+                torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_replaced_in_place(kind: str) -> None:
+    model = torch.nn.ModuleDict({"a": getattr(torch.nn, kind)(4, 5), "b": getattr(torch.nn, kind + "Cell")(4, 5)})
+    keys = list(model.state_dict())
+    report = pyops.replace(model, only="recurrent")
+    assert [type(m) for m in model.values()] == [getattr(pyops.nn, kind), getattr(pyops.nn, kind + "Cell")]
+    assert list(model.state_dict()) == keys
+    assert [row.code for row in pyops.replace(model).rows] == ["already", "already"]
+    assert model["a"](torch.randn(2, 3, 4))[0].shape == (2, 3, 5)
+    assert report.undo() == 2
+    assert type(model["a"]) is getattr(torch.nn, kind)
+
+
+def test_changed_weights_are_seen(kernels: Target) -> None:
+    """Nothing is kept from call to call: `.data`, numpy views and optimizers change the next result."""
+    theirs, mine = twins("LSTM", 4, 40)
+    mine.backend = kernels.name
+    x = torch.randn(3, 20, 4, dtype=F64)
+    mine(x)
+
+    def agree() -> None:
+        theirs.load_state_dict(mine.state_dict())
+        torch.testing.assert_close(mine(x)[0], theirs(x)[0])
+
+    mine.weight_hh_l0.data[0, 0] += 1
+    agree()
+    mine.weight_hh_l0.detach().numpy()[1, 1] += 1
+    agree()
+    optimizer = torch.optim.SGD(mine.parameters(), 0.1)
+    mine(x)[0].sum().backward()
+    optimizer.step()
+    agree()
+
+
+def test_strided_weights(kernels: Target) -> None:
+    """Weights and states of any strides."""
+    theirs, mine = twins("LSTM", 4, 6, bidirectional=True)
+    mine.backend = kernels.name
+    for name, p in list(mine.named_parameters()):
+        wide = torch.zeros(*p.shape[:-1], 2 * p.shape[-1], dtype=F64)
+        wide[..., ::2] = p.detach()
+        setattr(mine, name, torch.nn.Parameter(wide[..., ::2] if p.dim() == 1 else p.detach().t().contiguous().t()))
+    x, h, c = torch.randn(3, 2, 4, dtype=F64), torch.randn(6, 2, 2, dtype=F64), torch.randn(6, 2, 2, dtype=F64)
+    hx = h.permute(1, 2, 0), c.permute(1, 2, 0)
+    for a, b in zip(flat(mine(x, hx)), flat(theirs(x, tuple(t.contiguous() for t in hx)))):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize(("steps", "batch"), [(0, 3), (4, 0), (0, 0), (1, 1)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_empty(backend: Target, kind: str, steps: int, batch: int) -> None:
+    module = getattr(pyops.nn, kind)(4, 5, 2, bidirectional=True, backend=backend.name)
+    x = torch.randn(steps, batch, 4, requires_grad=True)
+    h = torch.randn(4, batch, 5, requires_grad=True)
+    output, state = module(x, (h, h) if kind == "LSTM" else h)
+    assert output.shape == (steps, batch, 10)
+    (output.sum() + sum(t.sum() for t in flat(state))).backward()
+    assert x.grad.shape == x.shape
+    if steps == 0:
+        assert torch.equal(flat(state)[0], h)
+        assert module.weight_hh_l0.grad is None or not module.weight_hh_l0.grad.any()
+
+
+def test_states(backend: Target) -> None:
+    """What return_states gives: cells and gates by step, with the gradient of the cells."""
+    module = pyops.nn.LSTM(4, 5, bidirectional=True, return_states=True, dtype=F64, backend=backend.name)
+    x = torch.randn(6, 3, 4, dtype=F64, requires_grad=True)
+    output, (_, c_n), (states,) = module(x)
+    assert states.gates.shape == (6, 3, 2, 4, 5)
+    assert states.cells.shape == (6, 3, 2, 5)
+    assert not states.gates.requires_grad
+    torch.testing.assert_close(states.cells[-1, :, 0], c_n[0])
+    torch.testing.assert_close(states.gates[..., 3, :] * states.cells.tanh(), output.unflatten(-1, (2, 5)))
+    states.cells.sum().backward()
+    assert x.grad.abs().sum() > 0
+    packed = pack_sequence([torch.randn(n, 4, dtype=F64) for n in (5, 3)])
+    assert module(packed)[2][0].cells.shape == (8, 2, 5)
+
+
+def test_options_of_modules(backend: Target) -> None:
+    """Every option at once, with gradients of the parameters that it brings."""
+    module = pyops.nn.LSTM(
+        4, 6, 2, bidirectional=True, proj_size=3, layer_norm=True, peephole=True, coupled=True, zoneout=(0.1, 0.2),
+        recurrent_dropout=0.2, dropout=0.1, backend=backend.name,
+    )  # fmt: skip
+    assert module.weight_ih_l1.shape == (18, 6)
+    assert module.peephole_l0.shape == (2, 6)
+    assert torch.equal(module.norm_cell_l0, torch.tensor([1.0, 0.0])[:, None].expand(2, 6))
+    copy = pyops.nn.LSTM(4, 6, 2, bidirectional=True, proj_size=3, layer_norm=True, peephole=True, coupled=True)
+    copy.load_state_dict(module.state_dict())
+    module(torch.randn(5, 3, 4), reset=torch.rand(5, 3) < 0.3)[0].square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in module.parameters())
+    assert "zoneout=(0.1, 0.2)" in repr(module)
+
+
+def test_reset_starts_anew(backend: Target) -> None:
+    """A sequence with a reset is two sequences."""
+    module = pyops.nn.GRU(4, 5, dtype=F64, backend=backend.name)
+    x = torch.randn(7, 2, 4, dtype=F64)
+    reset = torch.zeros(7, 2, dtype=torch.bool)
+    reset[3] = True
+    whole, _ = module(x, reset=reset)
+    torch.testing.assert_close(whole, torch.cat([module(x[:3])[0], module(x[3:])[0]]))
+
+
+# ---- autograd and transforms ----
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_of_both_orders(backend: Target, kind: str) -> None:
+    options = {"peephole": True, "proj_size": 2} if kind == "LSTM" else {}
+    module = getattr(pyops.nn, kind)(2, 3, bidirectional=True, layer_norm=True, zoneout=0.3, dtype=F64, **options)
+    module.backend = backend.name
+    names, parameters = zip(*module.eval().named_parameters())
+    x = torch.randn(3, 2, 2, dtype=F64, requires_grad=True)
+
+    def function(x: torch.Tensor, *parameters: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(flat(torch.func.functional_call(module, dict(zip(names, parameters)), (x,))))
+
+    assert gradcheck(function, (x, *parameters), fast_mode=True)
+    assert gradgradcheck(function, (x, *parameters), fast_mode=True)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_torch_func(backend: Target, kind: str) -> None:
+    """Per-sample gradients, vmap, jvp, and gradients in evaluation."""
+    theirs, mine = twins(kind, 2, 3)
+    mine.backend = backend.name
+    mine.eval()
+    x = torch.randn(4, 3, 1, 2, dtype=F64)
+
+    def per_sample(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+        def loss(parameters: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+            return torch.func.functional_call(module, parameters, (x,))[0].square().sum()
+
+        return torch.func.vmap(torch.func.grad(loss), (None, 0))(dict(module.named_parameters()), x)
+
+    found = per_sample(mine)
+    for i in range(4):
+        grads = torch.autograd.grad(theirs(x[i])[0].square().sum(), list(theirs.parameters()))
+        for (name, _), g in zip(theirs.named_parameters(), grads):
+            torch.testing.assert_close(found[name][i], g)
+    torch.testing.assert_close(torch.func.vmap(lambda x: mine(x)[0])(x)[1], theirs(x[1])[0])
+    tangent = torch.randn_like(x[0])
+    _, forward = torch.func.jvp(lambda x: mine(x)[0], (x[0],), (tangent,))
+    step = 1e-6
+    difference = (theirs(x[0] + step * tangent)[0] - theirs(x[0] - step * tangent)[0]) / (2 * step)
+    torch.testing.assert_close(forward, difference, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_compiles_as_one_graph(kind: str, fresh_compile: None) -> None:  # noqa: ARG001
+    module = getattr(pyops.nn, kind)(4, 5, 2, bidirectional=True, backend="cpu")
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    for steps in (3, 200):
+        x = torch.randn(steps, 2, 4, requires_grad=True)
+        expected, found = module(x)[0], compiled(x)[0]
+        assert torch.equal(found, expected)
+        grads = torch.autograd.grad(found.square().sum(), [x, *module.parameters()])
+        for a, b in zip(grads, torch.autograd.grad(expected.square().sum(), [x, *module.parameters()])):
+            torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("case", [Case("lstm", proj=True, directions=2), Case("gru", norm=True, packed=True)], ids=str)
+def test_operators(kernels: Target, case: Case) -> None:
+    tensors, config = inputs(case), case.config._replace(backend=kernels.name)
+    tests = ("test_schema", "test_faketensor")
+    torch.library.opcheck(torch.ops.pyops.recurrent_fwd.default, (*tensors, *config), test_utils=tests)
+    found = recurrent.RecurrentRule.forward(False, tensors, config)
+    grads = [None if t is None else torch.randn_like(t) for t in (*found[:3], found[4])]
+    needs = [t is not None and t.is_floating_point() and i != 19 for i, t in enumerate(tensors)]
+    arguments = (*grads, *tensors, found[0], found[3], found[4], *config, needs)
+    torch.library.opcheck(torch.ops.pyops.recurrent_bwd.default, arguments, test_utils=tests)
+
+
+def test_autocast(backend: Target) -> None:
+    module = pyops.nn.LSTM(4, 5, backend=backend.name)
+    x = torch.randn(3, 2, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        output, (h, c) = module(x)
+    assert {t.dtype for t in (output, h, c)} == {torch.bfloat16}
+    torch.testing.assert_close(output.float(), module(x)[0], rtol=0.03, atol=0.03)
+    output.float().sum().backward()
+    assert module.weight_hh_l0.grad.dtype == torch.float32
+
+
+# ---- errors ----
+
+W = [(torch.zeros(20, 4), torch.zeros(20, 5), None, None, None)]
+X = torch.zeros(3, 2, 4)
+BAD = [
+    (lambda: pyops.lstm("x", None, W), "lstm: input must be a torch.Tensor, got str"),
+    (lambda: pyops.lstm(X[None], None, W), "lstm: input must have 2 dimensions (a sequence) or 3"),
+    (lambda: pyops.lstm(X.int(), None, W), "lstm: input must have dtype float64, float32, bfloat16 or float16, got"),
+    (lambda: pyops.lstm(X[..., :3], None, W), "lstm: weights[0][0] must have shape (20, 3), got (20, 4)"),
+    (lambda: pyops.lstm(X.double(), None, W), "lstm: weights[0][1] must have the dtype of input, torch.float64, got"),
+    (lambda: pyops.lstm(X, None, []), "lstm: weights must hold 1 sequence of tensors for each layer, got 0"),
+    (lambda: pyops.lstm(X, None, W, bidirectional=True), "lstm: weights must hold 2 sequences of tensors for each"),
+    (lambda: pyops.lstm(X, None, [W[0][:2]]), "lstm: weights[0] must be (w_ih, w_hh, b_ih, b_hh, w_hr)"),
+    (lambda: pyops.lstm(X, torch.zeros(1, 2, 5), W), "lstm: hx must be a pair (h0, c0), got Tensor"),
+    (lambda: pyops.lstm(X, (torch.zeros(1, 3, 5), None), W), "lstm: h0 must have shape (1, 2, 5), got (1, 3, 5)"),
+    (lambda: pyops.lstm(X, (None, torch.zeros(1, 2, 4)), W), "lstm: c0 must have shape (1, 2, 5), got (1, 2, 4)"),
+    (lambda: pyops.lstm(X, None, W, dropout=1.5), "lstm: dropout must lie in [0, 1], got 1.5"),
+    (lambda: pyops.lstm(X, None, W, zoneout=-0.1), "lstm: zoneout must lie in [0, 1], got -0.1"),
+    (lambda: pyops.lstm(X, None, W, recurrent_dropout="a"), "lstm: recurrent_dropout must be a number, got str"),
+    (lambda: pyops.lstm(X, None, W, reset=torch.zeros(3, 2)), "lstm: reset must be bool, got torch.float32"),
+    (lambda: pyops.lstm(X, None, W, reset=torch.zeros(3, dtype=torch.bool)), "lstm: reset must have shape (3, 2)"),
+    (lambda: pyops.lstm(X, None, W, peepholes=[torch.zeros(2, 5)]), "lstm: peepholes[0] must have shape (3, 5), got"),
+    (lambda: pyops.lstm(X, None, W, norms=[None]), "lstm: norms[0] must be the weights of the norms of input, gates"),
+    (lambda: pyops.lstm(X, None, [(*W[0][:4], torch.zeros(5, 5))]), "proj_size < hidden_size, got (5, 5)"),
+    (lambda: pyops.lstm(X, None, W, backend="fast"), "lstm: backend must be one of eager, cpu, cuda, triton"),
+    (lambda: pyops.lstm(X, None, W, backend="cuda"), "lstm: backend must be able to serve input, got 'cuda'"),
+    (lambda: pyops.gru(X, None, W), "gru: weights[0][1] must be w_hh, (3 hidden_size, hidden_size), got (20, 5)"),
+    (lambda: pyops.rnn(X, None, W, nonlinearity="elu"), 'rnn: nonlinearity must be "tanh" or "relu", got \'elu\''),
+    (lambda: pyops.lstm_cell(X, None, *W[0][:2]), "lstm_cell: input must have 1 dimension (features) or 2"),
+    (lambda: pyops.gru_cell(X[0], torch.zeros(3, 5), torch.zeros(15, 4), torch.zeros(15, 5)), "gru_cell: h must have"),
+    (lambda: pyops.nn.LSTM(4, 5, dropout=2.0), "LSTM: dropout must lie in [0, 1], got 2.0"),
+    (lambda: pyops.nn.GRU(4, 5, proj_size=2), "GRU: proj_size must not be given: only an LSTM has a projection"),
+    (lambda: pyops.nn.GRU(4, 5, peephole=True), "GRU: peephole must be False: only an LSTM has it, got True"),
+    (lambda: pyops.nn.RNN(4, 5, nonlinearity="elu"), "RNN: nonlinearity must be"),
+]
+
+
+@pytest.mark.parametrize(("call", "message"), BAD, ids=[m for _, m in BAD])
+def test_bad_input(call: object, message: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=re.escape(message)):
+        call()
+
+
+def test_explain() -> None:
+    assert pyops.explain("lstm", X).chosen == "cpu"
+    assert pyops.explain("gru", pack_sequence([X[:, 0]])).chosen == "cpu"
+    assert "no recurrent kernels yet" in str(pyops.explain("lstm_cell", X)) or not torch.cuda.is_available()
