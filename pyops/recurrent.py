@@ -616,12 +616,12 @@ def _run(tensors: Sequence[Tensor | None], c: Config) -> tuple[Tensor | None, ..
 # ---- what the kernels of a backend do not serve ----
 
 
-def _unwritten(x: Tensor) -> str | None:  # noqa: ARG001
-    return 'it has no recurrent kernels yet; use "eager"'
+def _cuda_limit(x: Tensor) -> str | None:  # noqa: ARG001
+    return 'it has no recurrent kernels yet; use "triton"'
 
 
 # By name, for explain() too: a reason, or None.
-LIMITS = {"cuda": _unwritten, "triton": _unwritten}
+LIMITS = {"cuda": _cuda_limit}
 
 
 def _choose(op: str, x: Tensor, backend: str | None) -> str:

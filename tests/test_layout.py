@@ -27,7 +27,6 @@ ROW = {
 # (operation, cell): why it has no such file.
 MISSING: dict[tuple[str, str], str] = {
     ("recurrent", "cuda"): "not written yet; explain() says so",
-    ("recurrent", "triton"): "not written yet; explain() says so",
 }
 
 # What belongs to no row, and why it is there. Patterns of fnmatch, where * stands for one path component.

@@ -210,26 +210,23 @@ def test_instruction_set(level: str) -> None:
 
 @pytest.mark.full
 @pytest.mark.parametrize("level", available_levels())
-def test_everything_on_instruction_set(level: str) -> None:
-    """All of test_layer_norm.py on the CPU kernels of this level."""
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "-m",
-        "full or not full",
-        "-k",
-        "cpu or any_shape",
-    ]
+@pytest.mark.parametrize(
+    ("files", "chosen", "least"),
+    [
+        (("test_layer_norm.py", "test_layer_norm_contract.py"), "cpu or any_shape", 100),
+        (("test_recurrent.py",), "cpu and (float64 or errors or functions or torchs)", 20),
+    ],
+    ids=["layer_norm", "recurrent"],
+)
+def test_everything_on_instruction_set(files: tuple[str, ...], chosen: str, least: int, level: str) -> None:
+    """The numbers of an operation on the CPU kernels of this level."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "full or not full", "-k", chosen]
     done = subprocess.run(
-        [*command, str(TESTS / "test_layer_norm.py"), str(TESTS / "test_layer_norm_contract.py")],
+        [*command, *(str(TESTS / file) for file in files)],
         capture_output=True, text=True, cwd=ROOT, env={**os.environ, "PYOPS_CPU_ISA": level},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:]
-    assert int(re.search(r"(\d+) passed", done.stdout).group(1)) > 100
+    assert int(re.search(r"(\d+) passed", done.stdout).group(1)) >= least
 
 
 BAD_LEVEL = """

@@ -7,27 +7,25 @@
 
 namespace pyops::PYOPS_ISA {
 
-#define PYOPS_FOR_CELL(NAME)                           \
+#define PYOPS_FOR_FAMILY(NAME)                         \
   switch (params.cell) {                               \
     case RecurrentCell::rnn_tanh:                      \
-      return NAME<T, RecurrentCell::rnn_tanh>(params); \
     case RecurrentCell::rnn_relu:                      \
-      return NAME<T, RecurrentCell::rnn_relu>(params); \
+      return NAME<T, RecurrentCell::rnn_tanh>(params); \
     case RecurrentCell::gru:                           \
       return NAME<T, RecurrentCell::gru>(params);      \
     case RecurrentCell::lstm:                          \
-      return NAME<T, RecurrentCell::lstm>(params);     \
     case RecurrentCell::coupled:                       \
-      return NAME<T, RecurrentCell::coupled>(params);  \
+      return NAME<T, RecurrentCell::lstm>(params);     \
   }
 
 template <typename T>
 void recurrent_fwd_cpu(const RecurrentFwdParams<T>& params) {
-  PYOPS_FOR_CELL(forward)
+  PYOPS_FOR_FAMILY(forward)
 }
 
 template <typename T>
-void recurrent_bwd_cpu(const RecurrentBwdParams<T>& params){PYOPS_FOR_CELL(backward)}
+void recurrent_bwd_cpu(const RecurrentBwdParams<T>& params){PYOPS_FOR_FAMILY(backward)}
 
 #define PYOPS_INSTANTIATE(T)                                        \
   template void recurrent_fwd_cpu<T>(const RecurrentFwdParams<T>&); \

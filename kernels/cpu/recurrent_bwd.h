@@ -6,17 +6,18 @@
 
 namespace pyops::PYOPS_ISA {
 
-template <typename T, RecurrentCell kCell>
+template <typename T, RecurrentCell kFamily>
 struct BackwardMemory {
   using A = acc_t<T>;
   using E = Element<T>;
-  static constexpr int G = kGates<kCell>, U = kUnits<T>;
+  static constexpr int kMost = kGates<kFamily>, U = kUnits<T>;
   // Sums over rows: for biases, peepholes, the norm of the gates and that of the cell.
-  static constexpr int kOfPeepholes = kSaved<kCell>, kOfGates = kOfPeepholes + (kHasCells<kCell> ? G - 1 : 0);
-  static constexpr int kOfCell = kOfGates + G, kSums = kOfCell + (kHasCells<kCell> ? 2 : 0);
+  static constexpr int kOfPeepholes = kSaved<kFamily>, kOfGates = kOfPeepholes + (kHasCells<kFamily> ? kMost - 1 : 0);
+  static constexpr int kOfCell = kOfGates + kMost, kSums = kOfCell + (kHasCells<kFamily> ? 2 : 0);
 
   BackwardMemory(const RecurrentBwdParams<T>& p, const Division& division)
-      : single(p.B == 1),
+      : G(gates_of<kFamily>(p.cell)),
+        single(p.B == 1),
         normalised(p.direction[0].ln_gates != nullptr),
         projected(p.direction[0].w_hr != nullptr),
         most_rows(division.most_rows),
@@ -34,9 +35,9 @@ struct BackwardMemory {
         dm_row(single && projected ? p.directions * inputs.row : 0),
         product_row(single ? p.directions * 2 * (outputs.count > units ? outputs.count : units) * U : 0),
         direct(division.teams * most_rows * outputs.count * U),
-        dc(kHasCells<kCell> ? division.teams * most_rows * width : 0),
+        dc(kHasCells<kFamily> ? division.teams * most_rows * width : 0),
         d(normalised ? division.teams * most_rows * width * G : 0),
-        seen(normalised && kHasCells<kCell> ? division.teams * most_rows * width * 3 : 0),
+        seen(normalised && kHasCells<kFamily> ? division.teams * most_rows * width * 3 : 0),
         sums(division.teams * kSums * 2 * width),
         meetings(division.teams) {
     __builtin_memset(meetings.get(), 0, division.teams * sizeof(Meeting));
@@ -44,6 +45,7 @@ struct BackwardMemory {
     used_sums = normalised ? kSums : p.dpeephole[0] != nullptr ? kOfGates : kOfPeepholes;
   }
 
+  int G;
   bool single, normalised, projected;
   int64_t most_rows;
   int strip_rows;
@@ -67,8 +69,8 @@ struct BackwardMemory {
 };
 
 // Packs block i of all that belong to the directions: columns of W_hh, then of W_hr.
-template <typename T, RecurrentCell kCell>
-void pack_weights(const RecurrentBwdParams<T>& p, BackwardMemory<T, kCell>& m, int64_t i) {
+template <typename T, RecurrentCell kFamily>
+void pack_weights(const RecurrentBwdParams<T>& p, BackwardMemory<T, kFamily>& m, int64_t i) {
   using E = Element<T>;
   constexpr int U = kUnits<T>;
   const auto pack = [](const T* matrix, int64_t row, int64_t rows, int64_t columns, int64_t u0, E* to) {
@@ -79,7 +81,7 @@ void pack_weights(const RecurrentBwdParams<T>& p, BackwardMemory<T, kCell>& m, i
     const RecurrentDirection<T>& w = p.direction[i / m.outputs.count];
     E* to = m.weights.get() + i * m.outputs.panel;
     __builtin_memset(to, 0, m.outputs.panel * sizeof(E));
-    for (int g = 0; g < kGates<kCell>; ++g) {
+    for (int g = 0; g < m.G; ++g) {
       pack(w.w_hh + g * p.H * w.w_hh_row, w.w_hh_row, p.H, p.P, i % m.outputs.count * U,
            to + g * steps_of<E>(m.width) * kPanel<E>);
     }
@@ -113,14 +115,12 @@ __attribute__((noinline)) void add_rows(const T* matrix, int64_t row, int64_t ro
   }
 }
 
-template <typename T, RecurrentCell kCell>
+template <typename T, RecurrentCell kFamily>
 class BackwardTeam {
   using A = acc_t<T>;
   using E = Element<T>;
-  using Memory = BackwardMemory<T, kCell>;
-  static constexpr int G = kGates<kCell>, S = kSaved<kCell>, U = kUnits<T>, L = kLanes<A>, kStep = kStripStep<A>;
-  static constexpr int kG = G - 2, kO = G - 1;
-  static constexpr bool kCoupled = kCell == RecurrentCell::coupled;
+  using Memory = BackwardMemory<T, kFamily>;
+  static constexpr int kMost = kGates<kFamily>, U = kUnits<T>, L = kLanes<A>, kStep = kStripStep<A>;
 
   // A sequence, and where it stands: it has had a step after t (`visited`), and has step t (`active`) or is done.
   struct Place {
@@ -141,6 +141,11 @@ class BackwardTeam {
   BackwardTeam(const RecurrentBwdParams<T>& p, Memory& memory, const Team& team)
       : p_(p),
         w_(p.direction[team.d]),
+        G(memory.G),
+        S(saved_of<kFamily>(p.cell)),
+        of_g_(G - 2),
+        of_o_(G - 1),
+        coupled_(p.cell == RecurrentCell::coupled),
         m_(memory),
         team_(team),
         walk_(p, team_),
@@ -163,7 +168,7 @@ class BackwardTeam {
                       [&](int64_t k, int r, int visited, int of) { units_tile(t, parity, k, r, visited, of); });
       }
       if (m_.normalised) {
-        if constexpr (kHasCells<kCell>) {
+        if constexpr (kHasCells<kFamily>) {
           team_.wait();
           for_each_tile(units_, active, before, active,
                         [&](int64_t k, int r, int visited, int of) { cell_tile(t, k, r, visited, of); });
@@ -250,7 +255,7 @@ class BackwardTeam {
   // dh of step t, from the step that was visited last; and all else, where h is m and nothing is normalised.
   __attribute__((noinline)) void outputs_tile(int64_t t, int parity, int64_t k, int r, int visited, int active) {
     alignas(kVectorBytes) A own[kTileRows * U];
-    alignas(kVectorBytes) T next[kStep * G * U];
+    alignas(kVectorBytes) T next[kStep * kMost * U];
     alignas(kVectorBytes) A sums[Memory::kSums * U];
     const A* products = own;
     if (visited > 0 && m_.single) {
@@ -314,7 +319,7 @@ class BackwardTeam {
   // From dm to the gates, behind a projection.
   __attribute__((noinline)) void units_tile(int64_t t, int parity, int64_t k, int r, int visited, int active) {
     alignas(kVectorBytes) A own[kTileRows * U];
-    alignas(kVectorBytes) T next[kStep * G * U];
+    alignas(kVectorBytes) T next[kStep * kMost * U];
     alignas(kVectorBytes) A sums[Memory::kSums * U];
     const A* products = own;
     if (active > 0 && m_.single) {
@@ -352,7 +357,7 @@ class BackwardTeam {
   }
   template <typename Lanes>
   PYOPS_INLINE void finish_cell(const Place& at, int r, int64_t u, Lanes lanes) {
-    if constexpr (kHasCells<kCell>) store(p_.dc0 + at.state * p_.H + u, arriving_cell(at, r, u, lanes), lanes);
+    if constexpr (kHasCells<kFamily>) store(p_.dc0 + at.state * p_.H + u, arriving_cell(at, r, u, lanes), lanes);
   }
 
   // The gradients of a unit's gates from dm. What reaches the last h past the product comes back. With normalised cells
@@ -363,12 +368,12 @@ class BackwardTeam {
     const auto saved = [&](int g) PYOPS_ALWAYS_INLINE { return load(w_.gates + (at.n * S + g) * p_.H + u, lanes); };
     const auto give = [&](int g, Vec<A> dgx, Vec<A> d)
                           PYOPS_ALWAYS_INLINE { put<kNormalised>(at, r, k, c, g, dgx, d, next, sums, lanes); };
-    if constexpr (kCell == RecurrentCell::rnn_tanh || kCell == RecurrentCell::rnn_relu) {
+    if constexpr (kFamily == RecurrentCell::rnn_tanh) {
       const Vec<A> m = saved(0);
-      const Vec<A> d = kCell == RecurrentCell::rnn_tanh ? dm * (A(1) - m * m) : m > A(0) ? dm : Vec<A>{};
+      const Vec<A> d = p_.cell == RecurrentCell::rnn_tanh ? dm * (A(1) - m * m) : m > A(0) ? dm : Vec<A>{};
       give(0, d, d);
       return Vec<A>{};
-    } else if constexpr (kCell == RecurrentCell::gru) {
+    } else if constexpr (kFamily == RecurrentCell::gru) {
       const Vec<A> z_ = saved(1), r_ = saved(0), n = saved(2), q = saved(3);
       const Vec<A> dn = dm * (A(1) - z_) * (A(1) - n * n), dq = dn * r_;
       const Vec<A> dr = dn * q * r_ * (A(1) - r_);
@@ -379,12 +384,12 @@ class BackwardTeam {
       add(sums, 3, c, dq);
       return dm * z_;
     } else if constexpr (kNormalised) {
-      const Vec<A> i = saved(0), f = kCoupled ? A(1) - i : saved(1);
-      store(seen_of(k, r) + c, f * old_cell(at, u, lanes) + i * saved(kG), Full{});
+      const Vec<A> i = saved(0), f = coupled_ ? A(1) - i : saved(1);
+      store(seen_of(k, r) + c, f * old_cell(at, u, lanes) + i * saved(of_g_), Full{});
       store(seen_of(k, r) + 2 * U + c, dm, Full{});
       return Vec<A>{};
     } else {
-      const Vec<A> i = saved(0), f = kCoupled ? A(1) - i : saved(1), g = saved(kG), o = saved(kO);
+      const Vec<A> i = saved(0), f = coupled_ ? A(1) - i : saved(1), g = saved(of_g_), o = saved(of_o_);
       const Vec<A> old = old_cell(at, u, lanes);
       const Vec<A> now = p_.zoneout_c == 0 ? load(w_.cells + at.n * p_.H + u, lanes) : f * old + i * g;
       const Vec<A> tanh_now = tanh<A>(now);
@@ -403,7 +408,7 @@ class BackwardTeam {
   template <bool kNormalised, typename Lanes>
   PYOPS_INLINE void cell(const Place& at, int r, int64_t k, int c, Vec<A> i, Vec<A> f, Vec<A> g, Vec<A> old, Vec<A> now,
                          Vec<A> d_o, Vec<A> dnow, T* next, A* sums, Lanes lanes) {
-    constexpr int kOut = kCoupled ? 1 : 2;
+    const int of_out = coupled_ ? 1 : 2;
     const int64_t u = k * U + c;
     const auto peephole = [&](int gate, Vec<A> d) PYOPS_ALWAYS_INLINE {
       return w_.peephole == nullptr ? Vec<A>{} : load(w_.peephole + gate * p_.H + u, lanes) * d;
@@ -422,20 +427,20 @@ class BackwardTeam {
       dold = (A(1) - update) * dc;
       dc *= update;
     }
-    dc += dnow + peephole(kOut, d_o);
-    const Vec<A> di = dc * (kCoupled ? g - old : g) * i * (A(1) - i);
+    dc += dnow + peephole(of_out, d_o);
+    const Vec<A> di = dc * (coupled_ ? g - old : g) * i * (A(1) - i);
     dold += dc * f + peephole(0, di);
     give(0, di);
     add_peephole(0, di * old);
-    if constexpr (!kCoupled) {
+    if (!coupled_) {
       const Vec<A> df = dc * old * f * (A(1) - f);
       dold += peephole(1, df);
       give(1, df);
       add_peephole(1, df * old);
     }
-    give(kG, dc * i * (A(1) - g * g));
-    give(kO, d_o);
-    add_peephole(kOut, d_o * now);
+    give(of_g_, dc * i * (A(1) - g * g));
+    give(of_o_, d_o);
+    add_peephole(of_out, d_o * now);
     store(dc_of(r) + u, dold, Full{});
   }
 
@@ -450,7 +455,7 @@ class BackwardTeam {
       for_each_vector<T>(p_.H, k * U, [&](int c, auto lanes) PYOPS_ALWAYS_INLINE {
         const int64_t u = k * U + c;
         const Vec<A> xhat = (load(held + c, Full{}) - norm.mean) * norm.rstd;
-        const Vec<A> seen = tanh_seen(xhat, u, lanes), o = load(w_.gates + (at.n * S + kO) * p_.H + u, lanes);
+        const Vec<A> seen = tanh_seen(xhat, u, lanes), o = load(w_.gates + (at.n * S + of_o_) * p_.H + u, lanes);
         const Vec<A> d = load(held + 2 * U + c, Full{}) * o * (A(1) - seen * seen);
         add(sums, Memory::kOfCell, c, d * xhat);
         add(sums, Memory::kOfCell + 1, c, d);
@@ -485,7 +490,7 @@ class BackwardTeam {
       for_each_vector<T>(p_.H, k * U, [&](int c, auto lanes) PYOPS_ALWAYS_INLINE {
         const int64_t u = k * U + c;
         const auto saved = [&](int g) PYOPS_ALWAYS_INLINE { return load(w_.gates + (at.n * S + g) * p_.H + u, lanes); };
-        const Vec<A> i = saved(0), f = kCoupled ? A(1) - i : saved(1), g = saved(kG), o = saved(kO);
+        const Vec<A> i = saved(0), f = coupled_ ? A(1) - i : saved(1), g = saved(of_g_), o = saved(of_o_);
         const Vec<A> now = load(held + c, Full{}), xhat = (now - norm.mean) * norm.rstd;
         const Vec<A> dnow = (load(held + U + c, Full{}) - of_d - xhat * of_d_xhat) * norm.rstd;
         const Vec<A> d_o = load(held + 2 * U + c, Full{}) * tanh_seen(xhat, u, lanes) * o * (A(1) - o);
@@ -497,7 +502,7 @@ class BackwardTeam {
 
   // Through the norm of the gates to dp.
   __attribute__((noinline)) void gates_tile(int64_t t, int parity, int64_t k, int r, int active) {
-    alignas(kVectorBytes) T next[kStep * G * U];
+    alignas(kVectorBytes) T next[kStep * kMost * U];
     alignas(kVectorBytes) A sums[Memory::kSums * U] = {};
     for (int i = 0; i < active; ++i) {
       const int64_t n = walk_.row(t, team_.first + r + i), H = p_.H;
@@ -596,16 +601,19 @@ class BackwardTeam {
 
   const RecurrentBwdParams<T>& p_;
   const RecurrentDirection<T>& w_;
+  const int G, S;          // products, and saved numbers of a unit
+  const int of_g_, of_o_;  // which belong to the new content of the cell, and to the output gate
+  const bool coupled_;
   Memory& m_;
   Team team_;
   Walk<T> walk_;
   Range units_, outputs_;  // blocks of this thread
 };
 
-template <typename T, RecurrentCell kCell>
+template <typename T, RecurrentCell kFamily>
 void backward(const RecurrentBwdParams<T>& p) {
-  using Memory = BackwardMemory<T, kCell>;
-  const Division division(p, kGates<kCell>);
+  using Memory = BackwardMemory<T, kFamily>;
+  const Division division(p, gates_of<kFamily>(p.cell));
   Memory memory(p, division);
   in_parallel(division.threads, [&](int index, int count) {
     if (!memory.single) {
@@ -614,7 +622,7 @@ void backward(const RecurrentBwdParams<T>& p) {
       wait_for_all(count);
     }
     division.for_each_team(p, index, count, memory.meetings.get(),
-                           [&](const Team& team) { BackwardTeam<T, kCell>(p, memory, team).run(); });
+                           [&](const Team& team) { BackwardTeam<T, kFamily>(p, memory, team).run(); });
   });
   for (int d = 0; d < p.directions; ++d) {
     const auto write = [&](acc_t<T>* to, int first, int count) {
@@ -626,10 +634,10 @@ void backward(const RecurrentBwdParams<T>& p) {
         }
       }
     };
-    write(p.dbias[d], 0, kSaved<kCell>);
-    write(p.dpeephole[d], Memory::kOfPeepholes, Memory::kOfGates - Memory::kOfPeepholes);
-    write(p.dln_gates[d], Memory::kOfGates, kGates<kCell>);
-    write(p.dln_cell[d], Memory::kOfCell, Memory::kSums - Memory::kOfCell);
+    write(p.dbias[d], 0, saved_of<kFamily>(p.cell));
+    write(p.dpeephole[d], Memory::kOfPeepholes, memory.G - 1);
+    write(p.dln_gates[d], Memory::kOfGates, memory.G);
+    write(p.dln_cell[d], Memory::kOfCell, 2);
   }
 }
 

@@ -7,15 +7,16 @@
 
 namespace pyops::PYOPS_ISA {
 
-template <typename T, RecurrentCell kCell>
+template <typename T, RecurrentCell kFamily>
 struct ForwardMemory {
   using A = acc_t<T>;
   using E = Element<T>;
-  static constexpr int G = kGates<kCell>, U = kUnits<T>;
+  static constexpr int U = kUnits<T>;
   static constexpr int kStep = kStripStep<A>;
 
   ForwardMemory(const RecurrentParams<T>& p, const Division& division)
-      : single(p.B == 1),
+      : G(gates_of<kFamily>(p.cell)),
+        single(p.B == 1),
         normalised(p.direction[0].ln_gates != nullptr),
         projected(p.direction[0].w_hr != nullptr),
         most_rows(division.most_rows),
@@ -29,13 +30,14 @@ struct ForwardMemory {
         m(division.teams * strips * outputs.strip),
         h_row(single ? p.directions * 2 * units.row : 0),
         m_row(single && projected ? p.directions * outputs.row : 0),
-        c(kHasCells<kCell> ? division.teams * most_rows * units.count * U : 0),
+        c(kHasCells<kFamily> ? division.teams * most_rows * units.count * U : 0),
         products(normalised ? division.teams * strips * strip_rows * units.count * G * U : 0),
-        seen(normalised && kHasCells<kCell> ? division.teams * most_rows * units.count * 2 * U : 0),
+        seen(normalised && kHasCells<kFamily> ? division.teams * most_rows * units.count * 2 * U : 0),
         meetings(division.teams) {
     __builtin_memset(meetings.get(), 0, division.teams * sizeof(Meeting));
   }
 
+  int G;
   bool single, normalised, projected;
   int64_t most_rows;
   int strip_rows;
@@ -55,9 +57,9 @@ struct ForwardMemory {
 };
 
 // Packs block i of all that belong to the directions: of W_hh, then of W_hr.
-template <typename T, RecurrentCell kCell>
-void pack_weights(const RecurrentParams<T>& p, ForwardMemory<T, kCell>& m, int64_t i) {
-  constexpr int G = kGates<kCell>;
+template <typename T, RecurrentCell kFamily>
+void pack_weights(const RecurrentParams<T>& p, ForwardMemory<T, kFamily>& m, int64_t i) {
+  const int G = m.G;
   if (i < p.directions * m.units.count) {
     const RecurrentDirection<T>& w = p.direction[i / m.units.count];
     const int64_t u0 = i % m.units.count * kUnits<T>;
@@ -73,13 +75,11 @@ void pack_weights(const RecurrentParams<T>& p, ForwardMemory<T, kCell>& m, int64
   }
 }
 
-template <typename T, RecurrentCell kCell>
+template <typename T, RecurrentCell kFamily>
 class ForwardTeam {
   using A = acc_t<T>;
   using E = Element<T>;
-  static constexpr int G = kGates<kCell>, S = kSaved<kCell>, U = kUnits<T>, L = kLanes<A>, kStep = kStripStep<A>;
-  // Which product belongs to the new content of the cell, and to the output gate.
-  static constexpr int kG = G - 2, kO = G - 1;
+  static constexpr int kMost = kGates<kFamily>, U = kUnits<T>, L = kLanes<A>, kStep = kStripStep<A>;
 
   // A sequence at a step.
   struct Place {
@@ -91,9 +91,11 @@ class ForwardTeam {
   };
 
  public:
-  ForwardTeam(const RecurrentFwdParams<T>& p, ForwardMemory<T, kCell>& memory, const Team& team)
+  ForwardTeam(const RecurrentFwdParams<T>& p, ForwardMemory<T, kFamily>& memory, const Team& team)
       : p_(p),
         w_(p.direction[team.d]),
+        G(memory.G),
+        S(saved_of<kFamily>(p.cell)),
         m_(memory),
         team_(team),
         walk_(p, team_),
@@ -110,7 +112,7 @@ class ForwardTeam {
       if (m_.normalised) {
         team_.wait();
         for_each_tile(units_, active, [&](int64_t k, int r, int count) { normalised_tile(t, parity, k, r, count); });
-        if constexpr (kHasCells<kCell>) {
+        if constexpr (kHasCells<kFamily>) {
           team_.wait();
           for_each_tile(units_, active, [&](int64_t k, int r, int count) { cell_tile(t, parity, k, r, count); });
         }
@@ -153,7 +155,7 @@ class ForwardTeam {
       send_strip(rows, 0, k, r, count);
       send_strip(rows, 1, k, r, count);
     });
-    if constexpr (kHasCells<kCell>) {
+    if constexpr (kHasCells<kFamily>) {
       for_each_tile(units_, team_.rows, [&](int64_t k, int r, int count) {
         for (int i = r; i < r + count; ++i) {
           const T* c0 = w_.c0 == nullptr ? nullptr : w_.c0 + (team_.first + i) * p_.H;
@@ -208,11 +210,11 @@ class ForwardTeam {
 
   // Step t of `count` sequences from r on, for the units of block k.
   __attribute__((noinline)) void tile(int64_t t, int parity, int64_t k, int r, int count) {
-    alignas(kVectorBytes) A own[kTileRows * G * U];
+    alignas(kVectorBytes) A own[kTileRows * kMost * U];
     A* const products = m_.normalised ? products_of(k, r) : own;
     const int64_t row = m_.normalised ? products_row() : G * U;
     if (m_.single) {
-      multiply_row<T, G>(w_.w_hh, w_.w_hh_row, p_.H, p_.P, k * U, h_row(parity), products);
+      multiply_row<T>(w_.w_hh, w_.w_hh_row, G, p_.H, p_.P, k * U, h_row(parity), products);
     } else {
       multiply<Into::product, 1, kStep>(count, h_strip(parity, r),
                                         m_.weights.get() + (team_.d * m_.units.count + k) * G * m_.units.panel,
@@ -231,7 +233,7 @@ class ForwardTeam {
       find_norm<T>(products_of(0, r + i), m_.units.count, G, G, p_.H, p_.eps, at.mean, at.rstd);
       units<true>(at, r + i, k, products_of(k, r + i), next + i * U);
     }
-    if (!kHasCells<kCell>) deliver(next, parity, k, r, count);
+    if (!kHasCells<kFamily>) deliver(next, parity, k, r, count);
   }
 
   __attribute__((noinline)) void cell_tile(int64_t t, int parity, int64_t k, int r, int count) {
@@ -255,7 +257,7 @@ class ForwardTeam {
     alignas(kVectorBytes) A products[kTileRows * U];
     alignas(kVectorBytes) T next[kStep * U];
     if (m_.single) {
-      multiply_row<T, 1>(w_.w_hr, w_.w_hr_row, p_.P, p_.H, k * U, m_row(), products);
+      multiply_row<T>(w_.w_hr, w_.w_hr_row, 1, p_.P, p_.H, k * U, m_row(), products);
     } else {
       multiply<Into::product, 1, kStep>(count, m_strip(r),
                                         m_.projections.get() + (team_.d * m_.outputs.count + k) * m_.outputs.panel,
@@ -281,7 +283,7 @@ class ForwardTeam {
     const int64_t H = p_.H;
     const T* gx = w_.gx + at.n * w_.gx_row;
     const Zoneout<T> of_h = zoneout_of_h(at, k);
-    const Zoneout<T> of_c(p_, kHasCells<kCell> ? p_.zoneout_c : A(0), 2 * (team_.d * p_.rows + at.n) + 1, k * U);
+    const Zoneout<T> of_c(p_, kHasCells<kFamily> ? p_.zoneout_c : A(0), 2 * (team_.d * p_.rows + at.n) + 1, k * U);
     for_each_vector<T>(H, k * U, [&](int c, auto lanes) PYOPS_ALWAYS_INLINE {
       const int64_t u = k * U + c;
       const auto input = [&](int g) PYOPS_ALWAYS_INLINE { return load(gx + g * H + u, lanes); };
@@ -292,13 +294,13 @@ class ForwardTeam {
       const auto save = [&](int g, Vec<A> v) PYOPS_ALWAYS_INLINE {
         if (w_.gates != nullptr) store(w_.gates + (at.n * S + g) * H + u, v, lanes);
       };
-      if constexpr (kCell == RecurrentCell::rnn_tanh || kCell == RecurrentCell::rnn_relu) {
+      if constexpr (kFamily == RecurrentCell::rnn_tanh) {
         const Vec<A> x = input(0) + product(0);
         // NaN stays NaN.
-        const Vec<A> m = kCell == RecurrentCell::rnn_tanh ? tanh<A>(x) : x < A(0) ? Vec<A>{} : x;
+        const Vec<A> m = p_.cell == RecurrentCell::rnn_tanh ? tanh<A>(x) : x < A(0) ? Vec<A>{} : x;
         save(0, m);
         finish(at, of_h, k, c, m, next, lanes);
-      } else if constexpr (kCell == RecurrentCell::gru) {
+      } else if constexpr (kFamily == RecurrentCell::gru) {
         const Vec<A> r = sigmoid<A>(input(0) + product(0)), z = sigmoid<A>(input(1) + product(1));
         const Vec<A> q = product(2) + load_or_zero(w_.b_n, u, lanes);
         const Vec<A> n = tanh<A>(input(2) + r * q);
@@ -308,7 +310,9 @@ class ForwardTeam {
         save(3, q);
         finish(at, of_h, k, c, n + z * (load_or_zero(at.h, u, lanes) - n), next, lanes);
       } else {
-        constexpr bool coupled = kCell == RecurrentCell::coupled;
+        // Which product belongs to the new content of the cell, and to the output gate.
+        const int of_g = G - 2, of_o = G - 1;
+        const bool coupled = p_.cell == RecurrentCell::coupled;
         A* const held = c_of(r) + u;
         const Vec<A> old = at.reset ? Vec<A>{} : load(held, Full{});
         const auto peephole = [&](int g, Vec<A> cell) PYOPS_ALWAYS_INLINE {
@@ -316,15 +320,15 @@ class ForwardTeam {
         };
         const Vec<A> i = sigmoid<A>(input(0) + product(0) + peephole(0, old));
         const Vec<A> f = coupled ? A(1) - i : sigmoid<A>(input(1) + product(1) + peephole(1, old));
-        const Vec<A> g = tanh<A>(input(kG) + product(kG));
+        const Vec<A> g = tanh<A>(input(of_g) + product(of_g));
         const Vec<A> now = f * old + i * g;
-        const Vec<A> o = sigmoid<A>(input(kO) + product(kO) + peephole(coupled ? 1 : 2, now));
+        const Vec<A> o = sigmoid<A>(input(of_o) + product(of_o) + peephole(coupled ? 1 : 2, now));
         const Vec<A> kept = of_c.idle() ? now : old + of_c(c) * (now - old);
         store(held, kept, Full{});
         save(0, i);
-        if constexpr (!coupled) save(1, f);
-        save(kG, g);
-        save(kO, o);
+        if (!coupled) save(1, f);
+        save(of_g, g);
+        save(of_o, o);
         if (w_.cells != nullptr) store(w_.cells + at.n * H + u, kept, lanes);
         if (at.last && p_.c_n != nullptr) store(p_.c_n + (team_.d * p_.B + at.b) * H + u, kept, lanes);
         if constexpr (kNormalised) {
@@ -370,16 +374,17 @@ class ForwardTeam {
 
   const RecurrentFwdParams<T>& p_;
   const RecurrentDirection<T>& w_;
-  ForwardMemory<T, kCell>& m_;
+  const int G, S;  // products, and saved numbers of a unit
+  ForwardMemory<T, kFamily>& m_;
   Team team_;
   Walk<T> walk_;
   Range units_, outputs_;  // blocks of this thread
 };
 
-template <typename T, RecurrentCell kCell>
+template <typename T, RecurrentCell kFamily>
 void forward(const RecurrentFwdParams<T>& p) {
-  const Division division(p, kGates<kCell>);
-  ForwardMemory<T, kCell> memory(p, division);
+  const Division division(p, gates_of<kFamily>(p.cell));
+  ForwardMemory<T, kFamily> memory(p, division);
   in_parallel(division.threads, [&](int index, int count) {
     if (!memory.single) {
       const int64_t blocks = p.directions * (memory.units.count + memory.outputs.count);
@@ -387,7 +392,7 @@ void forward(const RecurrentFwdParams<T>& p) {
       wait_for_all(count);
     }
     division.for_each_team(p, index, count, memory.meetings.get(),
-                           [&](const Team& team) { ForwardTeam<T, kCell>(p, memory, team).run(); });
+                           [&](const Team& team) { ForwardTeam<T, kFamily>(p, memory, team).run(); });
   });
 }
 

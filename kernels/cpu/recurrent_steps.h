@@ -11,14 +11,26 @@
 
 namespace pyops::PYOPS_ISA {
 
-template <RecurrentCell kCell>
-constexpr int kGates = kCell == RecurrentCell::lstm                                     ? 4
-                       : kCell == RecurrentCell::gru || kCell == RecurrentCell::coupled ? 3
-                                                                                        : 1;
-template <RecurrentCell kCell>
-constexpr int kSaved = kCell == RecurrentCell::gru ? 4 : kGates<kCell>;
-template <RecurrentCell kCell>
-constexpr bool kHasCells = kCell == RecurrentCell::lstm || kCell == RecurrentCell::coupled;
+// The kernels are compiled for rnn_tanh, gru and lstm, which stand for their kin: these are the most gates (products of
+// a unit) and saved numbers that one of the family has.
+template <RecurrentCell kFamily>
+constexpr int kGates = kFamily == RecurrentCell::lstm  ? 4
+                       : kFamily == RecurrentCell::gru ? 3
+                                                       : 1;
+template <RecurrentCell kFamily>
+constexpr int kSaved = kFamily == RecurrentCell::gru ? 4 : kGates<kFamily>;
+template <RecurrentCell kFamily>
+constexpr bool kHasCells = kFamily == RecurrentCell::lstm;
+
+// And what the cell has.
+template <RecurrentCell kFamily>
+inline int gates_of(RecurrentCell cell) {
+  return cell == RecurrentCell::coupled ? 3 : kGates<kFamily>;
+}
+template <RecurrentCell kFamily>
+inline int saved_of(RecurrentCell cell) {
+  return cell == RecurrentCell::coupled ? 3 : kSaved<kFamily>;
+}
 
 // Units of one tile: the products of a tile are [kTileRows, G, kUnits].
 template <typename T>
@@ -131,7 +143,7 @@ struct Walk {
 template <typename T, typename F>
 PYOPS_INLINE void for_each_vector(int64_t H, int64_t u0, F&& f) {
   constexpr int L = kLanes<acc_t<T>>;
-#pragma GCC unroll 2
+#pragma GCC unroll 1
   for (int v = 0; v < kTileVectors; ++v) {
     const int64_t left = H - u0 - v * L;
     if (left >= L) {
@@ -241,8 +253,8 @@ PYOPS_INLINE void pack_row(const T* from, int64_t u0, int64_t n, acc_t<T>* row) 
 }
 
 // The G products of the units from u0 on with one row x, from matrices [H, inner] as they lie, one behind the other.
-template <typename T, int G>
-__attribute__((noinline)) void multiply_row(const T* matrix, int64_t row, int64_t H, int64_t inner, int64_t u0,
+template <typename T>
+__attribute__((noinline)) void multiply_row(const T* matrix, int64_t row, int G, int64_t H, int64_t inner, int64_t u0,
                                             const acc_t<T>* x, acc_t<T>* products) {
   using A = acc_t<T>;
   constexpr int L = kLanes<A>;
