@@ -427,8 +427,10 @@ def backward_leaf(
             if needs[at + 2]:
                 grads[at + 2] = dbias[d, :G].flatten().to(w.b_ih.dtype)
             if needs[at + 3]:
-                of_b_n = (*dbias[d, :2], dbias[d, 3]) if c.cell == "gru" else tuple(dbias[d])
-                grads[at + 3] = torch.cat(of_b_n).to(w.b_hh.dtype)
+                found = dbias[d, [0, 1, 3]] if c.cell == "gru" else dbias[d]
+                if w.w_ih is None:  # x holds all of it but b_n
+                    found = found * found.new_tensor([0.0, 0.0, 1.0] if c.cell == "gru" else [0.0])[:, None]
+                grads[at + 3] = found.flatten().to(w.b_hh.dtype)
             if needs[at + 4]:
                 last_c = None
                 if c.zoneout_c > 0:

@@ -47,8 +47,8 @@ struct RecurrentDirection {
   const T* c0;        // [B, H] or null: 0
   const T* keep;      // [B, P] or null: 1
   T* y;               // [rows, P], rows of both directions side by side
-  T* gates;  // [rows, S H] what the gates became, or null; may be gx itself where S = G. S: lstm 4 (i, f, g, o),
-             // coupled 3, gru 4 (r, z, n, q), rnn 1
+  T* gates;         // [rows, S H] what the gates became, or null; may be gx itself where S = G. S: lstm 4 (i, f, g, o),
+                    // coupled 3, gru 4 (r, z, n, q), rnn 1
   acc_t<T>* cells;  // [rows, H] c, or null
 };
 
