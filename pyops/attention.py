@@ -11,13 +11,16 @@ import itertools
 import math
 import numbers
 from collections.abc import Sequence
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from . import autograd
+from .autograd import acc_dtype as _acc
+from .autograd import fail as _fail
+from .autograd import present as _present
 from .backend import (
     FLOATING,
     choose,
@@ -54,10 +57,6 @@ class Config(NamedTuple):
     return_lse: bool
     differentiated: bool  # forward prepares a backward
     backend: str
-
-
-def _acc(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _scale(q: Tensor, c: Config) -> float:
@@ -405,11 +404,6 @@ _library.define(
 )
 
 
-def _present(t: Tensor | None, like: Tensor) -> Tensor:
-    """An operator's output; schemas have no optional results."""
-    return like.new_empty(0) if t is None else t
-
-
 def _fwd_operator(*args):
     results = forward_leaf(*args[:_N_INPUTS], Config(*args[_N_INPUTS:]))
     return tuple(_present(t, args[0]) for t in results)
@@ -586,10 +580,6 @@ NEEDS_ALIGNED_ROWS = {"cuda"}
 
 
 # ---- validation ----
-
-
-def _fail(op: str, argument: str, rule: str, got: object, kind: type[Exception] = ValueError) -> NoReturn:
-    raise kind(f"{op}: {argument} must {rule}, got {got}")
 
 
 def _check_tensor(op: str, name: str, t: object, like: Tensor | None = None, first: str = "") -> None:

@@ -12,7 +12,7 @@ A :class:`Rule` says what an operation computes, what it saves and how its gradi
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -71,7 +71,21 @@ class Rule:
         raise NotImplementedError
 
 
-# ---- what the vmap rules of the operators share ----
+# ---- what the operations share ----
+
+
+def acc_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type in which sums over ``dtype`` are formed and statistics are stored."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def fail(op: str, argument: str, rule: str, got: object, kind: type[Exception] = ValueError) -> NoReturn:
+    raise kind(f"{op}: {argument} must {rule}, got {got}")
+
+
+def present(t: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
+    """An operator's output, also where there is none: schemas have no optional results."""
+    return like.new_empty(0) if t is None else t
 
 
 def batched_first(t: torch.Tensor | None, dim: int | None, size: int) -> torch.Tensor | None:

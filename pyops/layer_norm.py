@@ -16,6 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import autograd
+from .autograd import acc_dtype as _acc
+from .autograd import fail as _fail
+from .autograd import present as _present
 from .backend import (
     FLOATING,
     OPERATIONS,
@@ -45,10 +48,6 @@ class Config(NamedTuple):
     rms: bool
     from_output: bool  # save y rather than x
     backend: str
-
-
-def _acc(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 # ---- the definition ----
@@ -310,10 +309,6 @@ def _absent(like: Tensor) -> Tensor:
     return like.new_empty(0)
 
 
-def _present(t: Tensor | None, like: Tensor) -> Tensor:
-    return _absent(like) if t is None else t
-
-
 def _fwd_operator(x, residual, weight, bias, seed, *config):
     results = forward_leaf(x, residual, weight, bias, seed, Config(*config))
     return tuple(_present(t, x) for t in results)
@@ -505,10 +500,6 @@ _apply_direct, _apply_plain, _apply_functorch = autograd.make(LayerNormRule)
 
 
 # ---- public functions ----
-
-
-def _fail(op: str, argument: str, rule: str, got: object, kind: type[Exception] = ValueError) -> None:
-    raise kind(f"{op}: {argument} must {rule}, got {got}")
 
 
 def _check_tensor(op: str, name: str, t: object, like: Tensor | None = None) -> None:

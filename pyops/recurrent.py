@@ -7,7 +7,7 @@ Encoder-Decoder" (2014); Elman, "Finding Structure in Time" (1990).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from . import autograd
+from .autograd import acc_dtype as _acc
+from .autograd import fail as _fail
+from .autograd import present as _present
 from .backend import (
     FLOATING,
     choose,
@@ -68,10 +71,6 @@ class Direction(NamedTuple):
 _N_DIRECTION = len(Direction._fields)
 _STATES = 1 + 2 * _N_DIRECTION  # where h0, c0, keep, reset, seed and offsets stand, behind x and the directions
 _N_INPUTS = _STATES + 6
-
-
-def _acc(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _directions(tensors: Sequence[Tensor | None]) -> list[Direction]:
@@ -475,11 +474,6 @@ _library.define(
 )
 
 
-def _present(t: Tensor | None, like: Tensor) -> Tensor:
-    """An operator's output, also where there is none: schemas have no optional results."""
-    return like.new_empty(0) if t is None else t
-
-
 def _fwd_operator(*args):
     tensors, c = args[:_N_INPUTS], Config(*args[_N_INPUTS:])
     return tuple(_present(t, tensors[0]) for t in forward_leaf(tensors, c))
@@ -655,10 +649,6 @@ class States(NamedTuple):
 
     gates: Tensor
     cells: Tensor | None
-
-
-def _fail(op: str, argument: str, rule: str, got: object, kind: type[Exception] = ValueError) -> NoReturn:
-    raise kind(f"{op}: {argument} must {rule}, got {got}")
 
 
 def _check_probability(op: str, name: str, p: object) -> float:
@@ -972,7 +962,8 @@ def lstm(
         ValueError, TypeError: ``lstm: <argument> must <rule>, got <value>``, before any work is done.
 
     Differs from torch.nn.LSTM: the options; empty sequences and batches; gradients of every order, on every backend;
-    in 16 bits gates and c are float32. Randomness is drawn once per call from torch's generator.
+    in 16 bits gates and c are float32. Randomness comes from torch's generator, by one seed
+    for a layer's zoneout and one mask for its recurrent dropout.
     """
     h0, c0 = _states("lstm", hx)
     o = _options("lstm", peepholes, norms, zoneout, recurrent_dropout, eps, return_states)
