@@ -20,7 +20,6 @@ PYBIND11_MODULE(PYOPS_MODULE_NAME, m) {
         .tensor = keep(tensor),
         .parameter = keep(torch.attr("nn").attr("Parameter")),
         .is_neg = keep(tensor.attr("is_neg")),
-        .is_zerotensor = keep(tensor.attr("_is_zerotensor")),
         .contiguous = keep(tensor.attr("contiguous")),
         .empty_like = keep(torch.attr("empty_like")),
         .empty = keep(torch.attr("empty")),

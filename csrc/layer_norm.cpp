@@ -315,10 +315,6 @@ class Flat {
   int64_t size_, one_ = 1;
 };
 
-bool same_dtype(const TensorView& a, const TensorView& b) {
-  return a.t.dtype.code == b.t.dtype.code && a.t.dtype.bits == b.t.dtype.bits;
-}
-
 bool same_shape(const TensorView& a, const TensorView& b) {
   return a.t.ndim == b.t.ndim && std::equal(a.t.shape, a.t.shape + a.t.ndim, b.t.shape);
 }

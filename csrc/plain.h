@@ -11,11 +11,10 @@ namespace pyops {
 
 // Objects of torch that pyops/backend.py hands over on import; never released (they outlive the module).
 struct TorchObjects {
-  PyObject* tensor = nullptr;         // torch.Tensor
-  PyObject* parameter = nullptr;      // torch.nn.Parameter
-  PyObject* is_neg = nullptr;         // torch.Tensor.is_neg
-  PyObject* is_zerotensor = nullptr;  // torch.Tensor._is_zerotensor
-  PyObject* contiguous = nullptr;     // torch.Tensor.contiguous
+  PyObject* tensor = nullptr;      // torch.Tensor
+  PyObject* parameter = nullptr;   // torch.nn.Parameter
+  PyObject* is_neg = nullptr;      // torch.Tensor.is_neg
+  PyObject* contiguous = nullptr;  // torch.Tensor.contiguous
   PyObject* empty_like = nullptr;
   PyObject* empty = nullptr;
   PyObject* float32 = nullptr;
@@ -76,12 +75,10 @@ inline bool view_again(PyObject* src, TensorView& view) {
 inline bool view_plain(PyObject* src, TensorView& view) {
   if (!view_again(src, view)) return false;
   if (!view) return true;
-  for (PyObject* question : {torch_objects.is_neg, torch_objects.is_zerotensor}) {
-    PyObject* answer = checked(PyObject_CallOneArg(question, src));
-    Py_DECREF(answer);  // True and False are immortal in effect
-    if (answer != Py_False) return false;
-  }
-  return true;
+  if (view.t.data == nullptr && view.numel() > 0) return false;  // a zero tensor
+  PyObject* answer = checked(PyObject_CallOneArg(torch_objects.is_neg, src));
+  Py_DECREF(answer);  // True and False are immortal in effect
+  return answer == Py_False;
 }
 
 inline bool requires_grad(pybind11::handle t) {
@@ -106,22 +103,27 @@ inline pybind11::object contiguous(pybind11::handle src) {
       checked(PyObject_CallOneArg(torch_objects.contiguous, src.ptr())));
 }
 
-// torch.empty(rows, the sizes of a CPU tensor that are not normalised), in the type that its statistics have.
-inline pybind11::object empty_statistics(int rows, const TensorView& like, int dims, bool channels_first) {
+// torch.empty, on the CPU.
+inline pybind11::object empty(const std::vector<int64_t>& sizes, PyObject* dtype) {
   // torch reads sizes that are given one by one faster than a tuple of them.
   static PyObject* const names = pybind11::make_tuple("dtype", "device").release().ptr();
-  std::vector<pybind11::object> sizes = {pybind11::int_(rows)};
-  const int last = like.t.ndim - (channels_first ? 3 : dims);
-  for (int i = 0; i < last; ++i) sizes.push_back(pybind11::int_(like.size(i)));
-  if (channels_first) {
-    for (int i = last + 1; i < like.t.ndim; ++i) sizes.push_back(pybind11::int_(like.size(i)));
-  }
+  std::vector<pybind11::object> held;
+  for (const int64_t size : sizes) held.push_back(pybind11::int_(size));
   std::vector<PyObject*> args;
-  for (const pybind11::object& size : sizes) args.push_back(size.ptr());
-  args.push_back(has_dtype<double>(like) ? torch_objects.float64 : torch_objects.float32);
+  for (const pybind11::object& size : held) args.push_back(size.ptr());
+  args.push_back(dtype);
   args.push_back(torch_objects.cpu);  // whatever the default device is
   return pybind11::reinterpret_steal<pybind11::object>(
       checked(PyObject_Vectorcall(torch_objects.empty, args.data(), sizes.size(), names)));
+}
+
+// torch.empty(rows, the sizes of a CPU tensor that are not normalised), in the type that its statistics have.
+inline pybind11::object empty_statistics(int rows, const TensorView& like, int dims, bool channels_first) {
+  std::vector<int64_t> sizes = {rows};
+  const int last = like.t.ndim - (channels_first ? 3 : dims);
+  sizes.insert(sizes.end(), like.t.shape, like.t.shape + last);
+  if (channels_first) sizes.insert(sizes.end(), like.t.shape + last + 1, like.t.shape + like.t.ndim);
+  return empty(sizes, has_dtype<double>(like) ? torch_objects.float64 : torch_objects.float32);
 }
 
 }  // namespace pyops

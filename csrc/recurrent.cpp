@@ -3,14 +3,16 @@
 #include "../kernels/params/recurrent.h"
 
 #include "bindings.h"
-#include "tensor_view.h"
+#include "plain.h"
 
 #ifndef PYOPS_SIMT
 #include "../kernels/cpu/recurrent.h"
 #include "cpu_isa.h"
 #endif
 
+#include <memory>
 #include <string>
+#include <utility>
 
 namespace py = pybind11;
 
@@ -231,11 +233,220 @@ void recurrent_bwd(const TensorView& dy, const TensorView& dh_n, const TensorVie
   });
 }
 
+#ifndef PYOPS_SIMT
+// ---- the common call: one layer without options on plain, dense CPU tensors. Checked, allocated and run in one step.
+
+// Products of x and W_ih from which on torch's matrix product is faster than ours of a few rows.
+constexpr int64_t kFewProducts = 1 << 22;
+
+// (rows, columns) with dense rows.
+bool is_matrix(const TensorView& v, const TensorView& like, int64_t rows, int64_t columns) {
+  return v && same_dtype(v, like) && v.t.ndim == 2 && v.size(0) == rows && v.size(1) == columns &&
+         (columns == 1 || v.stride(1) == 1);
+}
+
+// Absent, or a dense vector.
+bool is_vector(const TensorView& v, const TensorView& like, int64_t size) {
+  return !v || (same_dtype(v, like) && v.t.ndim == 1 && v.size(0) == size && v.is_contiguous());
+}
+
+// What a call is, where it is a common one; x is (B, F) of a cell, else (T, B, F) or (B, T, F).
+struct LayerCall {
+  LayerCall(const Cell& cell, bool is_cell, bool batch_first)
+      : cell(cell), is_cell(is_cell), batch_first(batch_first) {}
+
+  Cell cell;
+  bool is_cell, batch_first;
+  TensorView x, h0, c0, w_ih, w_hh, b_ih, b_hh;
+  int64_t steps = 1, batch = 0, F = 0, H = 0;
+
+  bool is_common() {
+    const bool known = has_dtype<float>(x) || has_dtype<double>(x) || has_dtype<bf16>(x) || has_dtype<f16>(x);
+    if (!x || !known || x.t.ndim != (is_cell ? 2 : 3) || !w_hh || w_hh.t.ndim != 2) return false;
+    if (is_cell ? x.size(1) > 1 && x.stride(1) != 1 : !x.is_contiguous()) return false;
+    steps = is_cell ? 1 : x.size(batch_first ? 1 : 0);
+    batch = x.size(is_cell || batch_first ? 0 : 1);
+    F = x.size(x.t.ndim - 1), H = w_hh.size(1);
+    const int64_t columns = cell.gates * H;
+    const auto is_state = [&](const TensorView& v) {
+      if (!v) return true;
+      const int first = is_cell ? 0 : 1;
+      return same_dtype(v, x) && v.is_contiguous() && v.t.ndim == 2 + first && (is_cell || v.size(0) == 1) &&
+             v.size(first) == batch && v.size(first + 1) == H;
+    };
+    return steps > 0 && batch > 0 && F > 0 && H > 0 && is_matrix(w_ih, x, columns, F) &&
+           is_matrix(w_hh, x, columns, H) && is_vector(b_ih, x, columns) && is_vector(b_hh, x, columns) &&
+           is_state(h0) && (cell.has_cells ? is_state(c0) : !c0) &&
+           (is_cell || steps * batch * columns * F < kFewProducts);
+  }
+};
+
+// A matrix on the memory of a dense tensor: its first `columns` of `row` numbers.
+class Matrix {
+ public:
+  Matrix(const TensorView& v, int64_t rows, int64_t columns, int64_t row)
+      : view_(v), sizes_{rows, columns}, strides_{row, 1} {
+    view_.t.ndim = 2;
+    view_.t.shape = sizes_;
+    view_.t.strides = strides_;
+  }
+  Matrix(const Matrix&) = delete;
+  Matrix& operator=(const Matrix&) = delete;
+  operator const TensorView&() const { return view_; }
+
+ private:
+  TensorView view_;
+  int64_t sizes_[2], strides_[2];
+};
+
+// The last H numbers of the bias of a GRU.
+class LastBias {
+ public:
+  LastBias(const TensorView& bias, int64_t H) : view_(bias), size_(H) {
+    if (!bias) return;
+    view_.t.byte_offset += 2 * H * bias.t.dtype.bits / 8;
+    view_.t.shape = &size_;
+  }
+  LastBias(const LastBias&) = delete;
+  LastBias& operator=(const LastBias&) = delete;
+  operator const TensorView&() const { return view_; }
+
+ private:
+  TensorView view_;
+  int64_t size_;
+};
+
+PyObject* acc_dtype(const TensorView& v) {
+  return has_dtype<double>(v) ? torch_objects.float64 : torch_objects.float32;
+}
+
+// (h, c) of a cell, (y, h_n, c_n) of a sequence, with c as None where the cell has none; when an argument wants a
+// gradient (y, h_n, c_n, gates, cells) in the shapes of pyops/recurrent.py's RecurrentRule; or None for any other call.
+py::object recurrent_forward(const std::string& cell, py::handle x, py::handle h0, py::handle c0, py::handle w_ih,
+                             py::handle w_hh, py::handle b_ih, py::handle b_hh, bool is_cell, bool batch_first) {
+  LayerCall call(cell_named(cell, kFwd), is_cell, batch_first);
+  const std::pair<py::handle, TensorView*> all[] = {{x, &call.x},       {h0, &call.h0},     {c0, &call.c0},
+                                                    {w_ih, &call.w_ih}, {w_hh, &call.w_hh}, {b_ih, &call.b_ih},
+                                                    {b_hh, &call.b_hh}};
+  if (!is_quiet()) return py::none();
+  const bool enabled = ask(torch_objects.is_grad_enabled);
+  bool grad = false;
+  for (const auto& [tensor, view] : all) {
+    if (!view_plain(tensor.ptr(), *view)) return py::none();
+    grad = grad || (enabled && requires_grad(tensor));
+  }
+  if (!call.is_common()) return py::none();
+  const py::object held = x.attr("dtype");
+  PyObject* const dtype = held.ptr();
+  const int64_t B = call.batch, H = call.H, rows = call.steps * B, columns = call.cell.gates * H;
+  const bool as_rows = grad || is_cell;
+  const auto state = [&](const TensorView& given, py::handle tensor) {
+    if (is_cell && !grad) return given ? empty_like(tensor) : empty({B, H}, dtype);
+    return given && !is_cell ? empty_like(tensor) : empty({1, B, H}, dtype);
+  };
+  py::object y = as_rows       ? empty({rows, H}, dtype)
+                 : batch_first ? empty({B, call.steps, H}, dtype)
+                               : empty({call.steps, B, H}, dtype);
+  py::object h_n = is_cell && !grad ? py::none() : state(call.h0, h0), gates = py::none(), cells = py::none();
+  py::object c_n = call.cell.has_cells ? state(call.c0, c0) : py::none();
+  if (grad) gates = empty({1, rows, call.cell.saved * H}, dtype);
+  if (grad && call.cell.has_cells) cells = empty({1, rows, H}, acc_dtype(call.x));
+  const int num_threads = get_num_threads();
+  dispatch_dtypes(kFwd, call.x, {}, [&](auto t, auto) {
+    using T = typename decltype(t)::type;
+    RecurrentFwdParams<T> p{};
+    RecurrentDirection<T>& d = p.direction[0];
+    d.gates = view(gates).data<T>();
+    d.cells = view(cells).data<acc_t<T>>();
+    // The gates take the place of what they are made of, where there is as much of both.
+    const bool in_gates = grad && call.cell.saved == call.cell.gates;
+    const std::unique_ptr<T[]> own(in_gates ? nullptr : new T[rows * columns]);
+    const RecurrentInput<T> input{
+        .x = call.x.data<T>(),
+        .w_ih = call.w_ih.data<T>(),
+        .x_row = is_cell ? call.x.stride(0) : call.F,
+        .w_ih_row = call.w_ih.stride(0),
+        .b_ih = call.b_ih.data<T>(),
+        .b_hh = call.b_hh.data<T>(),
+        .gx = in_gates ? d.gates : own.get(),
+        .rows = rows,
+        .columns = columns,
+        .F = call.F,
+        .added = call.cell.kind == RecurrentCell::gru ? 2 * H : columns,
+    };
+    p.input = &input;
+    d.gx = input.gx, d.gx_row = columns;
+    d.w_hh = call.w_hh.data<T>(), d.w_hh_row = call.w_hh.stride(0);
+    if (call.cell.kind == RecurrentCell::gru && call.b_hh) d.b_n = input.b_hh + 2 * H;
+    d.h0 = call.h0.data<T>(), d.c0 = call.c0.data<T>();
+    d.y = view(y).data<T>();
+    p.cell = call.cell.kind;
+    p.directions = 1;
+    p.T_ = call.steps, p.B = B, p.H = p.P = H, p.rows = rows;
+    p.step_rows = batch_first ? 1 : B;
+    p.batch_rows = batch_first ? call.steps : 1;
+    p.y_row = H;
+    p.num_threads = num_threads;
+    p.h_n = view(h_n).data<T>();
+    p.c_n = view(c_n).data<T>();
+    if (rows * (call.F + H) * columns < kReleaseGilFrom) return run(p);
+    py::gil_scoped_release release;
+    run(p);
+  });
+  if (grad) {
+    return py::make_tuple(std::move(y), std::move(h_n), std::move(c_n), std::move(gates), std::move(cells));
+  }
+  if (is_cell) return py::make_tuple(std::move(y), std::move(c_n));
+  return py::make_tuple(std::move(y), std::move(h_n), std::move(c_n));
+}
+
+// (dgx, dp, dbias, dh0, dc0) of such a call, dp being None where it is dgx, and dbias where it is not wanted; or None
+// when a further order is wanted, something is watching, or a tensor is not plain. saved: x, w_hh, b_hh, h0, c0, y,
+// gates, cells; grads: of y, h_n and c_n.
+py::object recurrent_backward(const std::string& cell, const py::tuple& saved, const py::tuple& grads, int64_t steps,
+                              int64_t batch, bool batch_first, bool needs_bias) {
+  if (ask(torch_objects.is_grad_enabled) || !is_quiet()) return py::none();
+  const Cell kind = cell_named(cell, kBwd);
+  TensorView views[8], incoming[3];
+  for (int i = 0; i < 8; ++i) {
+    if (!view_again(saved[i].ptr(), views[i])) return py::none();
+  }
+  const auto& [x, w_hh, b_hh, h0, c0, y, gates, cells] = views;
+  py::object held[3] = {py::none(), py::none(), py::none()};
+  for (size_t i = 0; i < grads.size(); ++i) {
+    held[i] = grads[i];
+    if (!view_plain(held[i].ptr(), incoming[i])) return py::none();
+    if (!incoming[i] || incoming[i].is_contiguous()) continue;
+    held[i] = contiguous(held[i]);
+    incoming[i] = view(held[i]);
+  }
+  if (!x || !w_hh || !y || !gates || w_hh.t.ndim != 2 || x.t.ndim != 2) return py::none();
+  const int64_t H = w_hh.size(1), rows = x.size(0), columns = kind.gates * H;
+  PyObject* const acc = acc_dtype(x);
+  const py::object dtype = saved[0].attr("dtype");
+  py::object dgx = empty({rows, columns}, dtype.ptr());
+  py::object dp = kind.kind == RecurrentCell::gru ? empty({rows, columns}, dtype.ptr()) : py::none();
+  py::object dbias = needs_bias ? empty({kind.saved, H}, acc) : py::none();
+  py::object dh0 = empty({1, batch, H}, acc), dc0 = kind.has_cells ? empty({1, batch, H}, acc) : py::none();
+  const TensorView none;
+  const LastBias b_n(kind.kind == RecurrentCell::gru ? b_hh : none, H);
+  recurrent_bwd(incoming[0], incoming[1], incoming[2], none, Matrix(gates, rows, columns, kind.saved * H), w_hh, b_n,
+                none, none, none, none, none, none, none, none, none, none, none, h0, c0, none, none, none, none, y,
+                gates, cells, none, view(dgx), view(dp), none, view(dbias), none, none, none, view(dh0), view(dc0),
+                cell, steps, batch, batch_first, 0.0, 0.0, 0.0, get_num_threads());
+  return py::make_tuple(std::move(dgx), std::move(dp), std::move(dbias), std::move(dh0), std::move(dc0));
+}
+#endif
+
 }  // namespace
 
 void bind_recurrent(py::module_& m) {
   m.def("recurrent_fwd", &recurrent_fwd);
   m.def("recurrent_bwd", &recurrent_bwd);
+#ifndef PYOPS_SIMT
+  m.def("recurrent_forward", &recurrent_forward);
+  m.def("recurrent_backward", &recurrent_backward);
+#endif
 }
 
 }  // namespace pyops

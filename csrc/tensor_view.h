@@ -82,6 +82,10 @@ bool has_dtype(const TensorView& v) {
   return v.t.dtype.code == d.code && v.t.dtype.bits == d.bits && v.t.dtype.lanes == d.lanes;
 }
 
+inline bool same_dtype(const TensorView& a, const TensorView& b) {
+  return a.t.dtype.code == b.t.dtype.code && a.t.dtype.bits == b.t.dtype.bits;
+}
+
 template <typename T>
 struct Tag {
   using type = T;

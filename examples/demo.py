@@ -12,70 +12,33 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from matplotlib.figure import Figure
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
-from torch import Tensor, nn
+from torch import nn
 
 import pyops
+from examples.comparison import (
+    check_positive,
+    disagreements,
+    draw,
+    errors,
+    results,
+    rotated,
+    summary,
+    time_calls,
+    train,
+)
 from examples.vision_transformer import BATCH_SIZE, Trainer, VisionTransformer, accuracy, load_data
 
 LEAST_ACCURACY = 0.95
 MOST_ACCURACY_DIFFERENCE = 0.015  # 5 of 360 test images; rounding alone moves one or two
-MOST_ERROR_RATIO = 2.0
-ROUNDING_FLOOR = 4.5 * torch.finfo(torch.float32).eps
 INFERENCE_REPEATS = 40
 TIMED_STEPS = 40
 KINDS = (nn.LayerNorm, nn.MultiheadAttention)
-
-
-def errors(model: nn.Module, exact: dict[str, Tensor], images: Tensor, labels: Tensor) -> tuple[float, float]:
-    """Largest error of the outputs and of any gradient, each in units of the largest element of its exact tensor."""
-    found = results(model, images, labels)
-    error = {name: ((found[name].double() - t).abs().max() / t.abs().max()).item() for name, t in exact.items()}
-    outputs = error.pop("outputs")
-    return outputs, max(error.values())
-
-
-def results(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    """Outputs of one batch and the gradients of its loss."""
-    outputs = model(images)
-    names, parameters = zip(*model.named_parameters())
-    gradients = torch.autograd.grad(F.cross_entropy(outputs, labels), parameters)
-    return {"outputs": outputs.detach(), **dict(zip(names, gradients))}
-
-
-def train(trainers: dict[str, Trainer], epochs: int, console: Console) -> dict[str, list[float]]:
-    """Trains all models, one epoch of each in turn; returns the seconds of every epoch."""
-    seconds: dict[str, list[float]] = {name: [] for name in trainers}
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task("training", total=epochs * len(trainers))
-        for epoch in range(epochs):
-            for name in _rotated(trainers, epoch):
-                start = time.perf_counter()
-                loss = trainers[name].train_epoch()
-                seconds[name].append(time.perf_counter() - start)
-                progress.update(task, advance=1, description=f"epoch {epoch + 1:2d}  {name:<6}  loss {loss:.3f}")
-    return seconds
-
-
-@torch.inference_mode()
-def time_inference(models: dict[str, nn.Module], images: Tensor) -> dict[str, float]:
-    """Median seconds for all images in one batch; the models take turns."""
-    seconds: dict[str, list[float]] = {name: [] for name in models}
-    for repeat in range(INFERENCE_REPEATS):
-        for name in _rotated(models, repeat):
-            model = models[name].eval()
-            start = time.perf_counter()
-            model(images)
-            seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(times) for name, times in seconds.items()}
 
 
 def _watched(model: nn.Module) -> dict[str, float]:
@@ -107,7 +70,7 @@ def time_layers(models: dict[str, nn.Module], steps: dict[str, Callable[[], obje
     spent = {name: _watched(model) for name, model in models.items()}
     samples: dict[str, list[dict[str, float]]] = {name: [] for name in models}
     for turn in range(1 + TIMED_STEPS):  # the first one warms up
-        for name in _rotated(models, turn):
+        for name in rotated(models, turn):
             spent[name].clear()
             began = time.perf_counter()
             steps[name]()
@@ -129,43 +92,6 @@ def layers_table(times: dict[str, dict[str, float]]) -> Table:
     return table
 
 
-def draw(path: Path, trainers: dict[str, Trainer]) -> None:
-    """Loss of every step of both runs, and how far apart they are."""
-    (first, one), (second, other) = trainers.items()
-    figure = Figure(figsize=(8, 6), constrained_layout=True)
-    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-    above.plot(one.losses, color="tab:gray", linewidth=2.5, label=first)
-    above.plot(other.losses, color="tab:red", linewidth=0.9, label=second)
-    above.set(ylabel="training loss", yscale="log", title="Vision Transformer on 8x8 digits, same start and batches")
-    above.legend()
-    below.plot([abs(a - b) or float("nan") for a, b in zip(one.losses, other.losses)], ".", color="tab:blue")
-    below.set(xlabel="step", ylabel="difference", yscale="log")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
-
-
-def summary(
-    test: dict[str, float],
-    error: dict[str, tuple[float, float]],
-    epochs: dict[str, list[float]],
-    inference: dict[str, float],
-) -> Table:
-    """What was measured, by name of the model, and the quotients of it."""
-    rows = [
-        ("test accuracy", "{:.2%}", test),
-        ("largest error of outputs", "{:.1e}", {name: outputs for name, (outputs, _) in error.items()}),
-        ("largest error of gradients", "{:.1e}", {name: gradients for name, (_, gradients) in error.items()}),
-        ("training, s per epoch (median)", "{:.3f}", {name: statistics.median(s) for name, s in epochs.items()}),
-        ("training, s in all", "{:.1f}", {name: sum(s) for name, s in epochs.items()}),
-        ("inference, ms (median)", "{:.2f}", {name: 1e3 * s for name, s in inference.items()}),
-    ]
-    table = Table("", *(Column(name, justify="right") for name in ("stock", "pyops", "stock / pyops")))
-    for label, form, value in rows:
-        ratio = "" if value is test else f"{value['stock'] / value['pyops']:.2f}"
-        table.add_row(label, form.format(value["stock"]), form.format(value["pyops"]), ratio)
-    return table
-
-
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m examples.demo", description=__doc__.split("\n\n")[1])
     parser.add_argument("--epochs", type=int, default=30, help="passes over the data for each model (default 30)")
@@ -173,9 +99,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1, help="of torch (default 1; the model is too small for more)")
     options = parser.parse_args(arguments)
-    for name in ("epochs", "threads"):
-        if (value := getattr(options, name)) < 1:
-            parser.error(f"--{name} must be at least 1, got {value}")
+    check_positive(parser, options, "epochs", "threads")
     torch.set_num_threads(options.threads)
     began = time.perf_counter()
     console = Console()
@@ -200,16 +124,19 @@ def main(arguments: list[str] | None = None) -> int:
     }
     epochs = train(trainers, options.epochs, console)
     test = {name: accuracy(model, test_images, test_labels) for name, model in models.items()}
-    inference = time_inference(models, test_images)
+    with torch.inference_mode():
+        inference = time_calls({name: partial(model, test_images) for name, model in models.items()}, INFERENCE_REPEATS)
 
     parameters = sum(p.numel() for p in stock.parameters())
     console.print(f"{parameters:,} parameters, {options.threads} thread{'s' * (options.threads > 1)} (--threads)")
-    console.print(summary(test, error, epochs, inference))
+    scores = [("test accuracy", "{:.2%}", test)]
+    times = [("inference, ms (median)", "{:.2f}", {name: 1e3 * s for name, s in inference.items()})]
+    console.print(summary(scores, error, epochs, times))
     print("Errors are relative to float64, on one batch before training.")
     console.print(layers_table(layers))
 
     plot = options.out / "vision_transformer.png"
-    draw(plot, trainers)
+    draw(plot, "Vision Transformer on 8x8 digits, same start and batches", trainers)
     print(f"Loss curves: {plot}    Total: {time.perf_counter() - began:.0f} s")
 
     failures = verdict(len(report.replaced), test, error)
@@ -220,25 +147,13 @@ def main(arguments: list[str] | None = None) -> int:
 
 def verdict(replaced: int, test: dict[str, float], error: dict[str, tuple[float, float]]) -> list[str]:
     """What is wrong with the results, in words; empty when they agree."""
-    failures = []
-    if not replaced:
-        failures.append("no layer was replaced")
+    failures = disagreements(replaced, error)
     for name, value in test.items():
         if not value >= LEAST_ACCURACY:
             failures.append(f"test accuracy of {name} is {value:.2%}, expected at least {LEAST_ACCURACY:.0%}")
     if not abs(test["stock"] - test["pyops"]) <= MOST_ACCURACY_DIFFERENCE:
         failures.append(f"the accuracies differ by more than {MOST_ACCURACY_DIFFERENCE:.1%}")
-    for what, stock, ours in zip(("outputs", "gradients"), error["stock"], error["pyops"]):
-        most = MOST_ERROR_RATIO * stock + ROUNDING_FLOOR
-        if not ours <= most:
-            failures.append(f"the error of {what} is {ours:.1e}, expected at most {most:.1e}")
     return failures
-
-
-def _rotated(names: dict[str, object], turn: int) -> list[str]:
-    """The names in another order at every turn, so that none always runs first."""
-    names = list(names)
-    return names[turn % len(names) :] + names[: turn % len(names)]
 
 
 if __name__ == "__main__":

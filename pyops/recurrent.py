@@ -21,6 +21,7 @@ from .autograd import present as _present
 from .backend import (
     FLOATING,
     choose,
+    cpu_kernels,
     functorch_active,
     is_compiling,
     is_plain,
@@ -33,6 +34,7 @@ from .philox import draw_seed, keep_mask
 
 _get_num_threads = torch.get_num_threads
 _grad_enabled = torch.is_grad_enabled
+_autocast_enabled = torch.is_autocast_enabled
 
 # By cell: products of a unit, and numbers that are saved of it.
 GATES = {"rnn_tanh": 1, "rnn_relu": 1, "gru": 3, "lstm": 4, "coupled": 3}
@@ -71,6 +73,7 @@ class Direction(NamedTuple):
 _N_DIRECTION = len(Direction._fields)
 _STATES = 1 + 2 * _N_DIRECTION  # where h0, c0, keep, reset, seed and offsets stand, behind x and the directions
 _N_INPUTS = _STATES + 6
+_AT_STATES = (_STATES, _STATES + 1, _N_INPUTS, _N_INPUTS + 1, _N_INPUTS + 2)  # of h0, c0, y, gates, cells when saved
 
 
 def _directions(tensors: Sequence[Tensor | None]) -> list[Direction]:
@@ -429,7 +432,7 @@ def backward_leaf(
                 found = dbias[d, [0, 1, 3]] if c.cell == "gru" else dbias[d]
                 if w.w_ih is None:  # x holds all of it but b_n
                     found = found * found.new_tensor([0.0, 0.0, 1.0] if c.cell == "gru" else [0.0])[:, None]
-                grads[at + 3] = found.flatten().to(w.b_hh.dtype)
+                grads[at + 3] = found.flatten().to(w.b_hh.dtype, copy=True)  # its own memory, beside that of b_ih
             if needs[at + 4]:
                 last_c = None
                 if c.zoneout_c > 0:
@@ -573,6 +576,38 @@ class RecurrentRule(autograd.Rule):
         return tuple(g if need else None for g, need in zip(found, needs))
 
     @staticmethod
+    def backward_direct(ctx, grads):
+        saved, needs, c = ctx.saved_tensors, ctx.needs_input_grad, Config(*ctx.config)
+        x, w_ih, w_hh, _, b_hh = saved[:5]
+        h0, c0, y, gates, cells = (saved[i] for i in _AT_STATES)
+        found = cpu_kernels("cpu").recurrent_backward(
+            c.cell, (x, w_hh, b_hh, h0, c0, y, gates, cells), grads, c.steps, c.batch, c.batch_first,
+            needs[4] or needs[5],
+        )  # fmt: skip
+        if found is None:
+            return None
+        dgx, dp, dbias, dh0, dc0 = found
+        result: list[Tensor | None] = [None] * (_STATES + 3)
+        with without_autocast(x.device):
+            if needs[1]:
+                result[1] = torch.mm(dgx, w_ih)
+            if needs[2]:
+                result[2] = _sum_over_rows(dgx, x)
+            if needs[3]:
+                first = None if h0 is None else h0[0]
+                result[3] = _product_gradient(dgx if dp is None else dp, y, first, None, None, 0, c, None)
+        if needs[4]:
+            result[4] = dbias[: GATES[c.cell]].flatten().to(x.dtype)
+        if needs[5]:
+            of_hh = dbias[[0, 1, 3]] if c.cell == "gru" else dbias
+            result[5] = of_hh.flatten().to(x.dtype, copy=True)
+        if needs[_STATES + 1]:
+            result[_STATES + 1] = dh0.to(x.dtype)
+        if needs[_STATES + 2]:
+            result[_STATES + 2] = dc0.to(x.dtype)
+        return tuple(result)
+
+    @staticmethod
     def formula(grads, saved, c, needs):
         tensors = saved[:_N_INPUTS]
         at = [i for i, need in enumerate(needs) if need]
@@ -589,7 +624,7 @@ class RecurrentRule(autograd.Rule):
         return tuple(found.get(i) for i in range(_N_INPUTS))
 
 
-_, _apply_plain, _apply_functorch = autograd.make(RecurrentRule)
+_apply_direct, _apply_plain, _apply_functorch = autograd.make(RecurrentRule)
 
 
 def _run(tensors: Sequence[Tensor | None], c: Config) -> tuple[Tensor | None, ...]:
@@ -625,6 +660,58 @@ def _choose(op: str, x: Tensor, backend: str | None) -> str:
 
 
 # ---- public functions ----
+
+
+_NO_OPTIONS = (None,) * (2 * _N_DIRECTION - 4)
+
+
+def _direct(
+    cell: str, input: Tensor, h: Tensor | None, c: Tensor | None, w: Sequence[Tensor | None], is_cell: bool,
+    batch_first: bool, backend: str | None,
+) -> tuple[Tensor | None, ...] | None:  # fmt: skip
+    """(h, c) of a cell's call, (y, h_n, c_n) of a sequence's, where it is the one that most calls are: a layer without
+    options, plain, valid, dense, on the CPU; None for any other.
+
+    It does what the rest of the way would do, with the questions, the allocation and the kernel in one C++ call
+    (bench/notes/recurrent.md, host cost).
+    """
+    kernels = cpu_kernels(backend)
+    if kernels is None or is_compiling() or _autocast_enabled("cpu"):
+        return None
+    results = kernels.recurrent_forward(cell, input, h, c, *w, is_cell, batch_first)
+    if results is None or len(results) < 5:
+        return results
+    y, h_n, c_n, gates, cells = results
+    if is_cell:
+        steps, batch, x = 1, input.shape[0], input
+        h, c = None if h is None else h.unsqueeze(0), None if c is None else c.unsqueeze(0)
+    else:
+        batch, steps = input.shape[:2] if batch_first else input.shape[1::-1]
+        x = input.view(steps * batch, -1)
+    config = (cell, steps, batch, batch_first, 0.0, 0.0, 0.0, True, False, "cpu")
+    tensors = (x, *w, *_NO_OPTIONS, h, c)
+    outputs = (y, h_n) if c_n is None else (y, h_n, c_n)
+    saved = (*tensors, None, None, None, None, y, gates, cells)
+    y, h_n, *c_n = _apply_direct((outputs, saved, config), *tensors)
+    c_n = c_n[0] if c_n else None
+    if is_cell:
+        return y, None if c_n is None else c_n[0]
+    return y.view(*input.shape[:2], -1), h_n, c_n
+
+
+def _direct_layer(
+    cell: str, input: Tensor | PackedSequence, h: Tensor | None, c: Tensor | None, weights: Any, bidirectional: bool,
+    dropout: Any, batch_first: bool, backend: str | None, *options: Any,
+) -> tuple[Tensor | None, ...] | None:  # fmt: skip
+    """:func:`_direct` of a sequence, with ``options`` being what has to be absent."""
+    if bidirectional or type(input) is PackedSequence or type(dropout) is not float or not 0.0 <= dropout <= 1.0:
+        return None
+    if any(options) or type(weights) not in (list, tuple) or len(weights) != 1:
+        return None
+    w = weights[0]
+    if type(w) not in (list, tuple) or len(w) != 5 or w[4] is not None:
+        return None
+    return _direct(cell, input, h, c, w[:4], False, batch_first, backend)
 
 
 class Options(NamedTuple):
@@ -966,6 +1053,13 @@ def lstm(
     for a layer's zoneout and one mask for its recurrent dropout.
     """
     h0, c0 = _states("lstm", hx)
+    found = _direct_layer(
+        "coupled" if coupled else "lstm", input, h0, c0, weights, bidirectional, dropout, batch_first, backend,
+        reset is not None, peepholes is not None, norms is not None, zoneout, recurrent_dropout, eps != 1e-5,
+        return_states,
+    )  # fmt: skip
+    if found is not None:
+        return found[0], found[1:]
     o = _options("lstm", peepholes, norms, zoneout, recurrent_dropout, eps, return_states)
     dropout = _check_probability("lstm", "dropout", dropout)
     output, h_n, c_n, states = _sequence(
@@ -1007,6 +1101,12 @@ def gru(
 
     Differs from torch.nn.GRU: as :func:`lstm` does from torch.nn.LSTM.
     """
+    found = _direct_layer(
+        "gru", input, hx, None, weights, bidirectional, dropout, batch_first, backend,
+        reset is not None, norms is not None, zoneout, recurrent_dropout, eps != 1e-5, return_states,
+    )  # fmt: skip
+    if found is not None:
+        return found[:2]
     o = _options("gru", None, norms, zoneout, recurrent_dropout, eps, return_states)
     dropout = _check_probability("gru", "dropout", dropout)
     output, h_n, _, states = _sequence(
@@ -1049,6 +1149,12 @@ def rnn(
     Differs from torch.nn.RNN: as :func:`lstm` does from torch.nn.LSTM.
     """
     cell = _rnn_cell("rnn", nonlinearity)
+    found = _direct_layer(
+        cell, input, hx, None, weights, bidirectional, dropout, batch_first, backend,
+        reset is not None, norms is not None, zoneout, recurrent_dropout, eps != 1e-5, return_states,
+    )  # fmt: skip
+    if found is not None:
+        return found[:2]
     o = _options("rnn", None, norms, zoneout, recurrent_dropout, eps, return_states)
     dropout = _check_probability("rnn", "dropout", dropout)
     output, h_n, _, states = _sequence(
@@ -1120,10 +1226,13 @@ def lstm_cell(
 
     Differs from torch.lstm_cell: the options; a single sequence; hx may be None.
     """
-    op = "lstm_cell"
+    op, cell = "lstm_cell", "coupled" if coupled else "lstm"
     h, c = _states(op, hx)
+    if w_hr is peephole is norm is None and zoneout == 0.0:
+        found = _direct(cell, input, h, c, (w_ih, w_hh, b_ih, b_hh), True, False, backend)
+        if found is not None:
+            return found
     o = _options(op, _one(peephole), _one(norm), zoneout, 0.0, eps, False)
-    cell = "coupled" if coupled else "lstm"
     return _one_step(op, cell, input, h, c, (w_ih, w_hh, b_ih, b_hh, w_hr), training, o, backend)
 
 
@@ -1148,6 +1257,10 @@ def gru_cell(
 
     Differs from torch.gru_cell: the options; a single sequence; hx may be None.
     """
+    if norm is None and zoneout == 0.0:
+        found = _direct("gru", input, hx, None, (w_ih, w_hh, b_ih, b_hh), True, False, backend)
+        if found is not None:
+            return found[0]
     o = _options("gru_cell", None, _one(norm), zoneout, 0.0, eps, False)
     return _one_step("gru_cell", "gru", input, hx, None, (w_ih, w_hh, b_ih, b_hh, None), training, o, backend)[0]
 
@@ -1175,6 +1288,10 @@ def rnn_cell(
     Differs from torch.rnn_tanh_cell and torch.rnn_relu_cell: the options; a single sequence; hx may be None.
     """
     cell = _rnn_cell("rnn_cell", nonlinearity)
+    if norm is None and zoneout == 0.0:
+        found = _direct(cell, input, hx, None, (w_ih, w_hh, b_ih, b_hh), True, False, backend)
+        if found is not None:
+            return found[0]
     o = _options("rnn_cell", None, _one(norm), zoneout, 0.0, eps, False)
     return _one_step("rnn_cell", cell, input, hx, None, (w_ih, w_hh, b_ih, b_hh, None), training, o, backend)[0]
 
@@ -1190,6 +1307,31 @@ for _name in ("lstm", "gru", "rnn", "lstm_cell", "gru_cell", "rnn_cell"):
 # ---- modules ----
 
 _OPTIONS = ("layer_norm", "peephole", "coupled", "zoneout", "recurrent_dropout", "eps", "return_states", "backend")
+
+
+def _check_module_options(op: str, has_cells: bool, options: dict[str, Any]) -> None:
+    zoneout = options.get("zoneout", 0.0)
+    checked = _options(op, None, None, zoneout, options.get("recurrent_dropout", 0.0), options.get("eps", 1e-5), False)
+    for name in ("peephole", "coupled"):
+        if options.get(name) and not has_cells:
+            _fail(op, name, "be False: only an LSTM has it", options[name])
+    if not has_cells and checked.zoneout[0] != checked.zoneout[1]:
+        _fail(op, "zoneout", "be one number: only an LSTM has a cell", zoneout)
+
+
+def _couple(module: nn.Module, H: int) -> None:
+    """Weights and biases of i, g and o in the place of those of four gates."""
+    for name in [n for n, _ in module.named_parameters() if not n.startswith("weight_hr")]:
+        own = getattr(module, name)
+        setattr(module, name, nn.Parameter(own.new_empty(3 * H, *own.shape[1:])))
+
+
+def _start_norms(module: nn.Module) -> None:
+    for name, parameter in module.named_parameters():
+        if name.startswith("norm_"):
+            nn.init.ones_(parameter)
+            if name.startswith("norm_cell"):
+                nn.init.zeros_(parameter[1])
 
 
 class _Sequence(nn.RNNBase):
@@ -1210,13 +1352,7 @@ class _Sequence(nn.RNNBase):
         options = {name: kwargs.pop(name) for name in _OPTIONS if name in kwargs}
         dropout = args[5] if len(args) > 5 else kwargs.get("dropout", 0.0)
         _check_probability(op, "dropout", dropout)
-        checked = _options(op, None, None, options.get("zoneout", 0.0), options.get("recurrent_dropout", 0.0),
-                           options.get("eps", 1e-5), False)  # fmt: skip
-        for name in ("peephole", "coupled"):
-            if options.get(name) and mode != "LSTM":
-                _fail(op, name, "be False: only an LSTM has it", options[name])
-        if mode != "LSTM" and checked.zoneout[0] != checked.zoneout[1]:
-            _fail(op, "zoneout", "be one number: only an LSTM has a cell", options["zoneout"])
+        _check_module_options(op, mode == "LSTM", options)
         super().__init__(mode, *args, **kwargs)
         for name, value in options.items():
             setattr(self, name, value)
@@ -1227,9 +1363,7 @@ class _Sequence(nn.RNNBase):
         H = self.hidden_size
         weight = self.weight_hh_l0
         if self.coupled:
-            for name in [n for n, _ in self.named_parameters() if not n.startswith("weight_hr")]:
-                own = getattr(self, name)
-                setattr(self, name, nn.Parameter(own.new_empty(3 * H, *own.shape[1:])))
+            _couple(self, H)
         G = self.weight_hh_l0.shape[0] // H
         for suffix in self._suffixes():
             if self.peephole:
@@ -1244,11 +1378,7 @@ class _Sequence(nn.RNNBase):
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
-        for name, parameter in self.named_parameters():
-            if name.startswith("norm_"):
-                nn.init.ones_(parameter)
-                if name.startswith("norm_cell"):
-                    nn.init.zeros_(parameter[1])
+        _start_norms(self)
 
     def _suffixes(self) -> list[str]:
         ends = ("", "_reverse") if self.bidirectional else ("",)
@@ -1337,31 +1467,84 @@ class RNN(_Sequence):
         return rnn(input, hx, nonlinearity=nonlinearity, reset=reset, **self._arguments())
 
 
-class LSTMCell(nn.LSTMCell):
-    """torch.nn.LSTMCell on :func:`pyops.lstm_cell`; same arguments, parameters and state_dict."""
+_CELL_OPTIONS = ("layer_norm", "peephole", "coupled", "zoneout", "eps", "backend")
 
+
+class _Cell(nn.RNNCellBase):
+    """What LSTMCell, GRUCell and RNNCell add to torch's."""
+
+    layer_norm = False
+    peephole = False
+    coupled = False
+    zoneout: float | tuple[float, float] = 0.0
+    eps = 1e-5
     backend: str | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        options = {name: kwargs.pop(name) for name in _CELL_OPTIONS if name in kwargs}
+        has_cells = isinstance(self, nn.LSTMCell)
+        _check_module_options(type(self).__name__, has_cells, options)
+        super().__init__(*args, **kwargs)
+        for name, value in options.items():
+            setattr(self, name, value)
+        H = self.hidden_size
+        if self.coupled:
+            _couple(self, H)
+        weight = self.weight_hh
+        if self.peephole:
+            self.weight_peephole = nn.Parameter(weight.new_empty(weight.shape[0] // H - 1, H))
+        if self.layer_norm:
+            self.norm_ih, self.norm_hh = (nn.Parameter(weight.new_empty(weight.shape[0])) for _ in range(2))
+            if has_cells:
+                self.norm_cell = nn.Parameter(weight.new_empty(2, H))
+        if self.coupled or self.peephole or self.layer_norm:
+            self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        _start_norms(self)
+
+    def _step(self, function: Any, input: Tensor, hx: Any, **options: Any) -> Any:
+        if self.layer_norm:
+            options["norm"] = (self.norm_ih, self.norm_hh, getattr(self, "norm_cell", None))
+        return function(
+            input, hx, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh, zoneout=self.zoneout,
+            training=self.training, eps=self.eps, backend=self.backend, **options,
+        )  # fmt: skip
+
+    def extra_repr(self) -> str:
+        given = [f"{n}={getattr(self, n)!r}" for n in _CELL_OPTIONS if getattr(self, n) != getattr(_Cell, n)]
+        return ", ".join([super().extra_repr(), *given])
+
+
+class LSTMCell(_Cell, nn.LSTMCell):
+    """torch.nn.LSTMCell on :func:`pyops.lstm_cell`; same arguments, parameters and state_dict.
+
+    Args: those of torch.nn.LSTMCell, and as keywords
+        layer_norm, peephole: with parameters ``norm_ih``, ``norm_hh``, ``norm_cell`` and ``weight_peephole``.
+        coupled, zoneout, eps, backend: as in :func:`pyops.lstm_cell`.
+    """
 
     def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
-        return lstm_cell(input, hx, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh, backend=self.backend)
+        peephole = self.weight_peephole if self.peephole else None
+        return self._step(lstm_cell, input, hx, coupled=self.coupled, peephole=peephole)
 
 
-class GRUCell(nn.GRUCell):
-    """torch.nn.GRUCell on :func:`pyops.gru_cell`; same arguments, parameters and state_dict."""
+class GRUCell(_Cell, nn.GRUCell):
+    """torch.nn.GRUCell on :func:`pyops.gru_cell`; same arguments, parameters and state_dict.
 
-    backend: str | None = None
-
-    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
-        return gru_cell(input, hx, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh, backend=self.backend)
-
-
-class RNNCell(nn.RNNCell):
-    """torch.nn.RNNCell on :func:`pyops.rnn_cell`; same arguments, parameters and state_dict."""
-
-    backend: str | None = None
+    The options are those of :class:`LSTMCell` but peephole, coupled and the norm of the cell.
+    """
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
-        return rnn_cell(
-            input, hx, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh, nonlinearity=self.nonlinearity,
-            backend=self.backend,
-        )  # fmt: skip
+        return self._step(gru_cell, input, hx)
+
+
+class RNNCell(_Cell, nn.RNNCell):
+    """torch.nn.RNNCell on :func:`pyops.rnn_cell`; same arguments, parameters and state_dict.
+
+    The options are those of :class:`LSTMCell` but peephole, coupled and the norm of the cell.
+    """
+
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        return self._step(rnn_cell, input, hx, nonlinearity=self.nonlinearity)

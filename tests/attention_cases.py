@@ -434,7 +434,7 @@ def check(
 
     ``cancelled``: the gradients that pass through the softmax are judged by the size of their terms, for cases of
     chance, in which those may cancel. Where a query sees one key they always do, and rounding is what is left. The
-    gradients of sinks always are: each is a sum over all rows, and a few heads are too few for one that is surely large.
+    gradients of sinks always are: each is a sum over all rows, and of a few heads none may be large.
     """
     theirs, wide = torch_own(case, t), exact(case, t)
     scales = {}

@@ -906,7 +906,7 @@ def test_head_size_grid(backend: Target, head_size: int) -> None:
     ]
     if not on(backend, cases):
         pytest.skip("the CUDA kernels leave the head size to Triton")
-    judge_all("head sizes", cases, backend, every=10)
+    judge_all("head sizes", cases, backend, every=10 if head_size <= 128 else 24)
 
 
 @pytest.mark.full

@@ -232,6 +232,100 @@ def test_cells_are_torchs(backend: Target, kind: str, bias: bool) -> None:
                 torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
+TORCHS_CELLS = {
+    "lstm": torch.lstm_cell, "gru": torch.gru_cell, "rnn": torch.rnn_tanh_cell, "relu": torch.rnn_relu_cell
+}  # fmt: skip
+
+
+def cell_step(kind: str, tensors: dict[str, torch.Tensor], ours: bool) -> dict[str, torch.Tensor]:
+    """One step and its gradients."""
+    given = {n: t.detach().requires_grad_() for n, t in tensors.items()}
+    hx = (given["h"], given["c"]) if kind == "lstm" else given["h"]
+    weights = [given.get(n) for n in ("w_ih", "w_hh", "b_ih", "b_hh")]
+    options = {"nonlinearity": "relu"} if ours and kind == "relu" else {}
+    function = getattr(pyops, f"{'rnn' if kind == 'relu' else kind}_cell") if ours else TORCHS_CELLS[kind]
+    outputs = flat(function(given["x"], hx, *weights, **options))
+    generator = torch.Generator().manual_seed(9)
+    grads = [torch.randn(t.shape, generator=generator).to(t) for t in outputs]
+    used = [n for n in given if kind != "gru" or n != "c"]
+    found = torch.autograd.grad(outputs, [given[n] for n in used], grads)
+    return dict(zip("hc", outputs)) | {f"d{n}": g for n, g in zip(used, found)}
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("kind", TORCHS_CELLS)
+def test_cells_of_all_sizes(kind: str, threads: int) -> None:
+    """The products of few rows, read as they lie, and of more, packed; against torch's own cells."""
+    G = GATES["rnn_tanh" if kind in ("rnn", "relu") else kind]
+    torch.set_num_threads(threads)
+    sizes = [(1, 8, 5), (2, 3, 17), (3, 40, 33), (5, 64, 64), (13, 20, 100), (33, 33, 48), (70, 65, 65), (40, 130, 256)]
+    with Oracle(f"{kind} cell") as oracle:
+        for (B, F, H), dtype, bias in itertools.product(sizes, (F64, F32, BF16, F16), (True, False)):
+            if kind == "relu" and dtype != F64:
+                continue  # a gradient jumps where a sum is within rounding of 0
+            torch.manual_seed(B + H)
+            tensors = {"x": torch.randn(B, F), "h": torch.randn(B, H), "w_ih": torch.randn(G * H, F) * F**-0.5}
+            tensors |= {"w_hh": torch.randn(G * H, H) * H**-0.5}
+            tensors |= {"b_ih": torch.randn(G * H), "b_hh": torch.randn(G * H)} if bias else {}
+            tensors |= {"c": torch.randn(B, H)} if kind == "lstm" else {}
+            tensors = {n: t.to(dtype) for n, t in tensors.items()}
+            wide = {n: t.double() for n, t in tensors.items()}
+            with torch.no_grad():
+                hx = (tensors["h"], tensors["c"]) if kind == "lstm" else tensors["h"]
+                names = ("x", "w_ih", "w_hh", "b_ih", "b_hh")
+                x, *weights = (tensors.get(n) for n in names)
+                function = getattr(pyops, f"{'rnn' if kind == 'relu' else kind}_cell")
+                options = {"nonlinearity": "relu"} if kind == "relu" else {}
+                alone = flat(function(x, hx, *weights, **options))
+            mine = cell_step(kind, tensors, True)
+            assert all(torch.equal(a, mine[n]) for n, a in zip("hc", alone))
+            oracle.check_all(
+                f"{kind} {dtype} B={B} F={F} H={H} bias={bias}", mine, cell_step(kind, tensors, False),
+                cell_step(kind, wide, False),
+            )  # fmt: skip
+
+
+def test_the_common_call_is_one_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plain small calls do not take the long way, and calls that are not plain do."""
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("the long way")
+
+    lstm, cell, x = pyops.nn.LSTM(4, 5, dtype=F64), pyops.nn.GRUCell(4, 5, dtype=F64), torch.randn(3, 2, 4, dtype=F64)
+    expected = [lstm(x)[0], cell(x[0])]
+    negative = torch.complex(torch.zeros_like(x), -x).conj().imag
+    torch.testing.assert_close(lstm(negative)[0], expected[0])
+    torch.testing.assert_close(cell(torch._efficientzerotensor((2, 4), dtype=F64)), cell(torch.zeros(2, 4, dtype=F64)))
+    monkeypatch.setattr(recurrent, "forward_leaf", refuse)
+    monkeypatch.setattr(recurrent, "backward_leaf", refuse)
+    found = [lstm(x)[0], cell(x[0])]
+    for a, b in zip(expected, found):
+        assert torch.equal(a, b)
+        b.sum().backward()
+    with torch.no_grad():
+        assert torch.equal(lstm(x)[0], expected[0])
+    with pytest.raises(AssertionError, match="the long way"):
+        lstm(negative)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_own_their_memory(backend: Target, kind: str) -> None:
+    """What is done in place to one gradient (clipping) does not change another one."""
+    for module, x in (
+        (getattr(pyops.nn, kind)(4, 5, bidirectional=True), torch.randn(3, 2, 4)),
+        (getattr(pyops.nn, kind)(4, 5), torch.randn(3, 2, 4)),
+        (getattr(pyops.nn, f"{kind}Cell")(4, 5), torch.randn(2, 4)),
+    ):
+        module.backend = backend.name
+        flat(module(x))[0].sum().backward()
+        before = {n: p.grad.clone() for n, p in module.named_parameters()}
+        for name, parameter in module.named_parameters():
+            parameter.grad.fill_(7.0)
+            others = {n: p.grad for n, p in module.named_parameters() if n != name}
+            assert all(torch.equal(g, before[n]) for n, g in others.items())
+            parameter.grad.copy_(before[name])
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_replaced_in_place(kind: str) -> None:
     model = torch.nn.ModuleDict({"a": getattr(torch.nn, kind)(4, 5), "b": getattr(torch.nn, kind + "Cell")(4, 5)})
@@ -325,6 +419,24 @@ def test_options_of_modules(backend: Target) -> None:
     module(torch.randn(5, 3, 4), reset=torch.rand(5, 3) < 0.3)[0].square().sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in module.parameters())
     assert "zoneout=(0.1, 0.2)" in repr(module)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_options_of_cells(backend: Target, kind: str) -> None:
+    """A cell with all of its options is one step of the sequence that has them."""
+    options = {"layer_norm": True, "zoneout": 0.2, "backend": backend.name}
+    options |= {"peephole": True, "coupled": True} if kind == "LSTM" else {}
+    cell, layer = getattr(pyops.nn, f"{kind}Cell")(4, 5, **options), getattr(pyops.nn, kind)(4, 5, **options)
+    names = {"weight_peephole": "peephole_l0"}
+    layer.load_state_dict({names.get(n, f"{n}_l0"): t for n, t in cell.state_dict().items()})
+    x = torch.randn(3, 4)
+    torch.testing.assert_close(flat(cell.eval()(x))[0], layer.eval()(x[None])[0][0])
+    flat(cell.train()(x))[0].square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in cell.parameters())
+    assert "zoneout=0.2" in repr(cell)
+    if kind != "LSTM":
+        with pytest.raises(ValueError, match=f"{kind}Cell: peephole must be False"):
+            getattr(pyops.nn, f"{kind}Cell")(4, 5, peephole=True)
 
 
 def test_reset_starts_anew(backend: Target) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Iterator
 from functools import cache
 from typing import Any
@@ -24,6 +25,8 @@ FUNCTIONS = {
     "nn.functional.rms_norm": lambda x, shape, weight=None, eps=None, **o: pyops.rms_norm(x, shape, weight, eps, **o),
     "native_layer_norm": lambda x, shape, weight, bias, eps, **o: pyops.layer_norm(x, shape, weight, bias, eps, **o),
 }
+RECURRENT = ("RNN", "GRU", "LSTM", "RNNCell", "GRUCell", "LSTMCell")
+MODULES = ("LayerNorm", "RMSNorm", *RECURRENT)
 ATTENTION = "nn.functional.scaled_dot_product_attention"
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -49,11 +52,7 @@ def modules() -> dict[str, Any]:
     pytest.importorskip("expecttest", reason="torch's internal test tools need the package expecttest")
     from torch.testing._internal.common_modules import module_db
 
-    return {
-        info.module_cls.__name__: info
-        for info in module_db
-        if info.module_cls in (torch.nn.LayerNorm, torch.nn.RMSNorm)
-    }
+    return {info.module_cls.__name__: info for info in module_db if info.module_cls.__name__ in MODULES}
 
 
 def incoming(y: Tensor) -> Tensor:
@@ -187,3 +186,74 @@ def module_results(module: torch.nn.Module, x: Tensor) -> dict[str, Tensor]:
     y = module(x)
     leaves = {"x": x} | dict(module.named_parameters())
     return {"y": y.detach()} | dict(zip(leaves, torch.autograd.grad(y, list(leaves.values()), incoming(y))))
+
+
+def leaves_of(tree: Any) -> list[Tensor]:
+    """The tensors in nested tuples, in order."""
+    if isinstance(tree, Tensor):
+        return [tree]
+    return [t for each in tree for t in leaves_of(each)] if isinstance(tree, (tuple, list)) else []
+
+
+def mapped(f: Any, tree: Any) -> Any:
+    if isinstance(tree, Tensor):
+        return f(tree)
+    return type(tree)(mapped(f, each) for each in tree) if isinstance(tree, (tuple, list)) else tree
+
+
+def recurrent_results(module: torch.nn.Module, args: tuple, wide: bool) -> dict[str, Tensor]:
+    args = mapped(lambda t: (t.double() if wide else t).detach().requires_grad_(), args)
+    outputs = leaves_of(module(*args))
+    leaves = [*leaves_of(args), *module.parameters()]
+    grads = torch.autograd.grad(outputs, leaves, [incoming(y) for y in outputs])
+    named = {f"output {i}": t.detach() for i, t in enumerate(outputs)}
+    return named | {f"gradient {i}": g for i, g in enumerate(grads)}
+
+
+def spread_out(t: Tensor) -> Tensor:
+    """The same numbers, every second one in memory."""
+    wide = t.new_zeros(*t.shape, 2)
+    wide[..., 0] = t.detach()
+    return wide[..., 0].requires_grad_(t.requires_grad)
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")  # torch's own layers
+@pytest.mark.parametrize("name", RECURRENT)
+def test_recurrent_modules(target: Target, name: str) -> None:
+    """torch's cases of its recurrent modules, in training and in evaluation: outputs and gradients; in float64 also
+    those of second order, and with nothing dense in memory, both of which torch expects to fail on CUDA."""
+    info = modules()[name]
+    checked = 0
+    with Oracle(f"{name} on {target}") as oracle:
+        for dtype, training in itertools.product((torch.float32, torch.float64), (True, False)):
+            for case in info.module_inputs_func(info, target.device, dtype, requires_grad=True, training=training):
+                args, kwargs = case.constructor_input.args, case.constructor_input.kwargs
+                options = {**kwargs, "device": target.device, "dtype": dtype}
+                theirs = info.module_cls(*args, **options).train(training)
+                mine = getattr(pyops.nn, name)(*args, **options, backend=target.name).train(training)
+                mine.load_state_dict(theirs.state_dict())
+                reference = copy.deepcopy(theirs).double()
+                given = case.forward_input.args
+                outcomes = [recurrent_results(m, given, m is reference) for m in (mine, theirs, reference)]
+                # Tensors of a few numbers, all of which may be small by chance.
+                largest = max(g.abs().max().item() for n, g in outcomes[2].items() if n.startswith("gradient"))
+                scales = {n: largest for n in outcomes[2] if n.startswith("gradient")}
+                oracle.check_all(f"{dtype} {training} {args} {kwargs} {case.desc}", *outcomes, scales)
+                checked += 1
+                if dtype != torch.float64 or not training:
+                    continue
+                wanted = recurrent_results(mine, given, False)
+                for parameter in mine.parameters():
+                    parameter.data = spread_out(parameter.data)
+                found = recurrent_results(mine, mapped(spread_out, given), False)
+                for n, t in wanted.items():
+                    torch.testing.assert_close(found[n], t)
+                if target.name != "triton" or target.device == "cuda":
+                    tensors = [t.detach().requires_grad_() for t in leaves_of(given)]
+
+                    def outputs(*some: Tensor, module: Any = mine, given: Any = given) -> tuple[Tensor, ...]:
+                        rest = iter(some)
+                        return tuple(leaves_of(module(*mapped(lambda _: next(rest), given))))
+
+                    torch.autograd.gradgradcheck(outputs, tensors, atol=1e-6, fast_mode=True)
+    assert checked > 0

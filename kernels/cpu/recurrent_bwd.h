@@ -297,10 +297,8 @@ class BackwardTeam {
         if (m_.projected) {
           store(p_.dm[team_.d] + at.n * p_.P + u, dh, lanes);
           store(row + c, dh, lanes);
-        } else if (m_.normalised) {
-          past += unit<true>(at, r + i, k, c, dh, row, sums, lanes);
         } else {
-          past += unit<false>(at, r + i, k, c, dh, row, sums, lanes);
+          past += unit(at, r + i, k, c, dh, row, sums, lanes);
         }
         store(direct + c, past, Full{});
       });
@@ -337,11 +335,7 @@ class BackwardTeam {
       for_each_vector<T>(p_.H, k * U, [&](int c, auto lanes) PYOPS_ALWAYS_INLINE {
         if (!at.active) return finish_cell(at, r + i, k * U + c, lanes);
         const Vec<A> dm = load(products + i * U + c, Full{});
-        if (m_.normalised) {
-          unit<true>(at, r + i, k, c, dm, row, sums, lanes);
-        } else {
-          unit<false>(at, r + i, k, c, dm, row, sums, lanes);
-        }
+        unit(at, r + i, k, c, dm, row, sums, lanes);
       });
     }
     if (active == 0) return;
@@ -362,12 +356,13 @@ class BackwardTeam {
 
   // The gradients of a unit's gates from dm. What reaches the last h past the product comes back. With normalised cells
   // only what the norm must see of the whole row first.
-  template <bool kNormalised, typename Lanes>
-  PYOPS_INLINE Vec<A> unit(const Place& at, int r, int64_t k, int c, Vec<A> dm, T* next, A* sums, Lanes lanes) {
+  template <typename Lanes>
+  __attribute__((noinline)) Vec<A> unit(const Place& at, int r, int64_t k, int c, Vec<A> dm, T* next, A* sums,
+                                        Lanes lanes) {
     const int64_t u = k * U + c;
     const auto saved = [&](int g) PYOPS_ALWAYS_INLINE { return load(w_.gates + (at.n * S + g) * p_.H + u, lanes); };
     const auto give = [&](int g, Vec<A> dgx, Vec<A> d)
-                          PYOPS_ALWAYS_INLINE { put<kNormalised>(at, r, k, c, g, dgx, d, next, sums, lanes); };
+                          PYOPS_ALWAYS_INLINE { put(at, r, k, c, g, dgx, d, next, sums, lanes); };
     if constexpr (kFamily == RecurrentCell::rnn_tanh) {
       const Vec<A> m = saved(0);
       const Vec<A> d = p_.cell == RecurrentCell::rnn_tanh ? dm * (A(1) - m * m) : m > A(0) ? dm : Vec<A>{};
@@ -383,18 +378,19 @@ class BackwardTeam {
       give(2, dn, dq);
       add(sums, 3, c, dq);
       return dm * z_;
-    } else if constexpr (kNormalised) {
-      const Vec<A> i = saved(0), f = coupled_ ? A(1) - i : saved(1);
-      store(seen_of(k, r) + c, f * old_cell(at, u, lanes) + i * saved(of_g_), Full{});
-      store(seen_of(k, r) + 2 * U + c, dm, Full{});
-      return Vec<A>{};
     } else {
+      if (m_.normalised) {
+        const Vec<A> i = saved(0), f = coupled_ ? A(1) - i : saved(1);
+        store(seen_of(k, r) + c, f * old_cell(at, u, lanes) + i * saved(of_g_), Full{});
+        store(seen_of(k, r) + 2 * U + c, dm, Full{});
+        return Vec<A>{};
+      }
       const Vec<A> i = saved(0), f = coupled_ ? A(1) - i : saved(1), g = saved(of_g_), o = saved(of_o_);
       const Vec<A> old = old_cell(at, u, lanes);
       const Vec<A> now = p_.zoneout_c == 0 ? load(w_.cells + at.n * p_.H + u, lanes) : f * old + i * g;
       const Vec<A> tanh_now = tanh<A>(now);
-      cell<kNormalised>(at, r, k, c, i, f, g, old, now, dm * tanh_now * o * (A(1) - o),
-                        dm * o * (A(1) - tanh_now * tanh_now), next, sums, lanes);
+      cell(at, r, k, c, i, f, g, old, now, dm * tanh_now * o * (A(1) - o), dm * o * (A(1) - tanh_now * tanh_now), next,
+           sums, lanes);
       return Vec<A>{};
     }
   }
@@ -405,9 +401,9 @@ class BackwardTeam {
   }
 
   // The gates of an LSTM, from the gradient of the output gate's sum and the part of that of c' that came through m.
-  template <bool kNormalised, typename Lanes>
-  PYOPS_INLINE void cell(const Place& at, int r, int64_t k, int c, Vec<A> i, Vec<A> f, Vec<A> g, Vec<A> old, Vec<A> now,
-                         Vec<A> d_o, Vec<A> dnow, T* next, A* sums, Lanes lanes) {
+  template <typename Lanes>
+  __attribute__((noinline)) void cell(const Place& at, int r, int64_t k, int c, Vec<A> i, Vec<A> f, Vec<A> g,
+                                      Vec<A> old, Vec<A> now, Vec<A> d_o, Vec<A> dnow, T* next, A* sums, Lanes lanes) {
     const int of_out = coupled_ ? 1 : 2;
     const int64_t u = k * U + c;
     const auto peephole = [&](int gate, Vec<A> d) PYOPS_ALWAYS_INLINE {
@@ -416,8 +412,7 @@ class BackwardTeam {
     const auto add_peephole = [&](int gate, Vec<A> d) PYOPS_ALWAYS_INLINE {
       if (m_.used_sums > Memory::kOfPeepholes) add(sums, Memory::kOfPeepholes + gate, c, d);
     };
-    const auto give = [&](int gate, Vec<A> d)
-                          PYOPS_ALWAYS_INLINE { put<kNormalised>(at, r, k, c, gate, d, d, next, sums, lanes); };
+    const auto give = [&](int gate, Vec<A> d) PYOPS_ALWAYS_INLINE { put(at, r, k, c, gate, d, d, next, sums, lanes); };
     Vec<A> dc = arriving_cell(at, r, u, lanes);
     if (p_.dcells[team_.d] != nullptr) dc += load(p_.dcells[team_.d] + at.n * p_.H + u, lanes);
     Vec<A> dold{};
@@ -494,7 +489,7 @@ class BackwardTeam {
         const Vec<A> now = load(held + c, Full{}), xhat = (now - norm.mean) * norm.rstd;
         const Vec<A> dnow = (load(held + U + c, Full{}) - of_d - xhat * of_d_xhat) * norm.rstd;
         const Vec<A> d_o = load(held + 2 * U + c, Full{}) * tanh_seen(xhat, u, lanes) * o * (A(1) - o);
-        cell<true>(at, r + row, k, c, i, f, g, old_cell(at, u, lanes), now, d_o, dnow, nullptr, sums, lanes);
+        cell(at, r + row, k, c, i, f, g, old_cell(at, u, lanes), now, d_o, dnow, nullptr, sums, lanes);
       });
     }
     add_sums(sums, k);
@@ -560,13 +555,13 @@ class BackwardTeam {
     store(sums + which * U + c, load(sums + which * U + c, Full{}) + d, Full{});
   }
   // What is known of gate g: its part of dgx, and d, which goes to W_hh, at once or by way of the norm.
-  template <bool kNormalised, typename Lanes>
+  template <typename Lanes>
   PYOPS_INLINE void put(const Place& at, int r, int64_t k, int c, int g, Vec<A> dgx, Vec<A> d, T* next, A* sums,
                         Lanes lanes) {
     const int64_t to = (at.n * G + g) * p_.H + k * U + c;
     add(sums, g, c, dgx);
     store(p_.dgx[team_.d] + to, dgx, lanes);
-    if constexpr (kNormalised) {
+    if (m_.normalised) {
       store(d_of(k, r) + g * U + c, d, Full{});
     } else {
       if (p_.dp[team_.d] != nullptr) store(p_.dp[team_.d] + to, d, lanes);

@@ -1,7 +1,7 @@
 // Forward: the steps of a layer, one after the other, in one parallel region.
 //
 // W_hh is packed once, so that the G products of kUnits units lie together and a tile's epilogue has all that a unit
-// needs. A single sequence reads W_hh as it lies instead: packing it would cost several steps.
+// needs. A single sequence, or a single step of a few, reads W_hh as it lies instead: packing it costs several steps.
 #pragma once
 #include "recurrent_steps.h"
 
@@ -16,20 +16,20 @@ struct ForwardMemory {
 
   ForwardMemory(const RecurrentParams<T>& p, const Division& division)
       : G(gates_of<kFamily>(p.cell)),
-        single(p.B == 1),
+        in_place(p.B == 1 || (p.T_ == 1 && p.B <= kFewRows)),
         normalised(p.direction[0].ln_gates != nullptr),
         projected(p.direction[0].w_hr != nullptr),
         most_rows(division.most_rows),
         strip_rows(division.strip_rows),
         strips(division.strips),
-        units((p.H + U - 1) / U, p.P, single),
-        outputs(projected ? Blocks<T>((p.P + U - 1) / U, p.H, single) : Blocks<T>(0, 0, true)),
+        units((p.H + U - 1) / U, p.P, in_place),
+        outputs(projected ? Blocks<T>((p.P + U - 1) / U, p.H, in_place) : Blocks<T>(0, 0, true)),
         weights(p.directions * units.count * G * units.panel),
         projections(p.directions * outputs.count * outputs.panel),
         h(division.teams * 2 * strips * units.strip),
         m(division.teams * strips * outputs.strip),
-        h_row(single ? p.directions * 2 * units.row : 0),
-        m_row(single && projected ? p.directions * outputs.row : 0),
+        h_rows(in_place ? division.teams * 2 * most_rows * units.row : 0),
+        m_rows(in_place && projected ? division.teams * most_rows * outputs.row : 0),
         c(kHasCells<kFamily> ? division.teams * most_rows * units.count * U : 0),
         products(normalised ? division.teams * strips * strip_rows * units.count * G * U : 0),
         seen(normalised && kHasCells<kFamily> ? division.teams * most_rows * units.count * 2 * U : 0),
@@ -38,7 +38,7 @@ struct ForwardMemory {
   }
 
   int G;
-  bool single, normalised, projected;
+  bool in_place, normalised, projected;
   int64_t most_rows;
   int strip_rows;
   int64_t strips;
@@ -48,8 +48,8 @@ struct ForwardMemory {
   Scratch<E> projections;  // [directions, outputs.count, outputs.panel]
   Scratch<E> h;            // [teams, 2, strips, units.strip] h' of even and of odd steps
   Scratch<E> m;            // [teams, strips, outputs.strip] m on its way into W_hr
-  Scratch<A> h_row;        // [directions, 2, units.row] the same of a single sequence
-  Scratch<A> m_row;        // [directions, outputs.row]
+  Scratch<A> h_rows;       // [teams, 2, most_rows, units.row] the same, for weights as they lie
+  Scratch<A> m_rows;       // [teams, most_rows, outputs.row]
   Scratch<A> c;            // [teams, most_rows, units.count U]
   Scratch<A> products;     // [teams, rows, units.count, G, U] W_hh h', where a whole row must be seen
   Scratch<A> seen;         // [teams, most_rows, units.count, 2, U] c' and o, where all of c' must be seen
@@ -135,9 +135,11 @@ class ForwardTeam {
   E* h_strip(int parity, int r) {
     return m_.h.get() + ((team_.slot * 2 + parity) * m_.strips + r / m_.strip_rows) * m_.units.strip;
   }
-  A* h_row(int parity) { return m_.h_row.get() + (team_.d * 2 + parity) * m_.units.row; }
+  A* h_row(int parity, int r) {
+    return m_.h_rows.get() + ((team_.slot * 2 + parity) * m_.most_rows + r) * m_.units.row;
+  }
   E* m_strip(int r) { return m_.m.get() + (team_.slot * m_.strips + r / m_.strip_rows) * m_.outputs.strip; }
-  A* m_row() { return m_.m_row.get() + team_.d * m_.outputs.row; }
+  A* m_row(int r) { return m_.m_rows.get() + (team_.slot * m_.most_rows + r) * m_.outputs.row; }
   A* c_of(int r) { return m_.c.get() + (team_.slot * m_.most_rows + r) * m_.units.count * U; }
   int64_t products_row() const { return m_.units.count * G * U; }
   A* seen_of(int64_t k, int r) {
@@ -181,16 +183,16 @@ class ForwardTeam {
   }
   // Block k of `count` sequences from r on, to a copy of h'.
   PYOPS_INLINE void send_strip(T* rows, int parity, int64_t k, int r, int count) {
+    if (m_.in_place) {
+      for (int i = 0; i < count; ++i) pack_row<T>(rows + i * U, k * U, p_.P, h_row(parity, r + i));
+      return;
+    }
     if (walk_.reverse && p_.offsets != nullptr) {
       // The strip is packed as a whole, with the sequences that have not begun.
       const int all = team_.rows - r < m_.strip_rows ? team_.rows - r : m_.strip_rows;
       for (; count < all; ++count) send_initial(rows + count * U, team_.first + r + count, k * U);
     }
-    if (m_.single) {
-      pack_row<T>(rows, k * U, p_.P, h_row(parity));
-    } else {
-      pack_strip<T>(rows, U, k * U, p_.P, count, h_strip(parity, r));
-    }
+    pack_strip<T>(rows, U, k * U, p_.P, count, h_strip(parity, r));
   }
 
   Place place(int64_t t, int r) const {
@@ -213,8 +215,9 @@ class ForwardTeam {
     alignas(kVectorBytes) A own[kTileRows * kMost * U];
     A* const products = m_.normalised ? products_of(k, r) : own;
     const int64_t row = m_.normalised ? products_row() : G * U;
-    if (m_.single) {
-      multiply_row<T>(w_.w_hh, w_.w_hh_row, G, p_.H, p_.P, k * U, h_row(parity), products);
+    if (m_.in_place) {
+      multiply_in_place<T>(w_.w_hh, w_.w_hh_row, G, p_.H, p_.P, k * U, h_row(parity, r), m_.units.row, count, products,
+                           row);
     } else {
       multiply<Into::product, 1, kStep>(count, h_strip(parity, r),
                                         m_.weights.get() + (team_.d * m_.units.count + k) * G * m_.units.panel,
@@ -222,7 +225,7 @@ class ForwardTeam {
     }
     if (m_.normalised) return;
     alignas(kVectorBytes) T next[kStep * U];
-    for (int i = 0; i < count; ++i) units<false>(place(t, r + i), r + i, k, products + i * row, next + i * U);
+    for (int i = 0; i < count; ++i) units(place(t, r + i), r + i, k, products + i * row, next + i * U);
     deliver(next, parity, k, r, count);
   }
 
@@ -231,7 +234,7 @@ class ForwardTeam {
     for (int i = 0; i < count; ++i) {
       Place at = place(t, r + i);
       find_norm<T>(products_of(0, r + i), m_.units.count, G, G, p_.H, p_.eps, at.mean, at.rstd);
-      units<true>(at, r + i, k, products_of(k, r + i), next + i * U);
+      units(at, r + i, k, products_of(k, r + i), next + i * U);
     }
     if (!kHasCells<kFamily>) deliver(next, parity, k, r, count);
   }
@@ -256,8 +259,8 @@ class ForwardTeam {
   __attribute__((noinline)) void projected_tile(int64_t t, int parity, int64_t k, int r, int count) {
     alignas(kVectorBytes) A products[kTileRows * U];
     alignas(kVectorBytes) T next[kStep * U];
-    if (m_.single) {
-      multiply_row<T>(w_.w_hr, w_.w_hr_row, 1, p_.P, p_.H, k * U, m_row(), products);
+    if (m_.in_place) {
+      multiply_in_place<T>(w_.w_hr, w_.w_hr_row, 1, p_.P, p_.H, k * U, m_row(r), m_.outputs.row, count, products, U);
     } else {
       multiply<Into::product, 1, kStep>(count, m_strip(r),
                                         m_.projections.get() + (team_.d * m_.outputs.count + k) * m_.outputs.panel,
@@ -278,8 +281,7 @@ class ForwardTeam {
   }
 
   // The units of block k of a row, from its products.
-  template <bool kNormalised>
-  PYOPS_INLINE void units(const Place& at, int r, int64_t k, const A* products, T* next) {
+  __attribute__((noinline)) void units(const Place& at, int r, int64_t k, const A* products, T* next) {
     const int64_t H = p_.H;
     const T* gx = w_.gx + at.n * w_.gx_row;
     const Zoneout<T> of_h = zoneout_of_h(at, k);
@@ -289,7 +291,7 @@ class ForwardTeam {
       const auto input = [&](int g) PYOPS_ALWAYS_INLINE { return load(gx + g * H + u, lanes); };
       const auto product = [&](int g) PYOPS_ALWAYS_INLINE {
         const Vec<A> p = load(products + g * U + c, Full{});
-        return kNormalised ? (p - at.mean) * at.rstd * load(w_.ln_gates + g * H + u, lanes) : p;
+        return m_.normalised ? (p - at.mean) * at.rstd * load(w_.ln_gates + g * H + u, lanes) : p;
       };
       const auto save = [&](int g, Vec<A> v) PYOPS_ALWAYS_INLINE {
         if (w_.gates != nullptr) store(w_.gates + (at.n * S + g) * H + u, v, lanes);
@@ -331,7 +333,7 @@ class ForwardTeam {
         save(of_o, o);
         if (w_.cells != nullptr) store(w_.cells + at.n * H + u, kept, lanes);
         if (at.last && p_.c_n != nullptr) store(p_.c_n + (team_.d * p_.B + at.b) * H + u, kept, lanes);
-        if constexpr (kNormalised) {
+        if (m_.normalised) {
           store(seen_of(k, r) + c, now, Full{});
           store(seen_of(k, r) + U + c, o, Full{});
         } else {
@@ -359,14 +361,14 @@ class ForwardTeam {
       m = old + zoneout(c) * (m - old);
     }
     store(w_.y + at.n * p_.y_row + u, m, lanes);
-    if (at.last) store(p_.h_n + (team_.d * p_.B + at.b) * p_.P + u, m, lanes);
+    if (at.last && p_.h_n != nullptr) store(p_.h_n + (team_.d * p_.B + at.b) * p_.P + u, m, lanes);
     send(next, c, at.b, k * U, at.cleared ? Vec<A>{} : rounded<T>(m), lanes);
   }
   PYOPS_INLINE void deliver(T* next, int parity, int64_t k, int r, int count) {
     if (!m_.projected) {
       send_strip(next, 1 - parity, k, r, count);
-    } else if (m_.single) {
-      pack_row<T>(next, k * U, p_.H, m_row());
+    } else if (m_.in_place) {
+      for (int i = 0; i < count; ++i) pack_row<T>(next + i * U, k * U, p_.H, m_row(r + i));
     } else {
       pack_strip<T>(next, U, k * U, p_.H, count, m_strip(r));
     }
@@ -381,14 +383,104 @@ class ForwardTeam {
   Range units_, outputs_;  // blocks of this thread
 };
 
+// gx of a call of a few rows.
+template <typename T>
+class Projection {
+  using A = acc_t<T>;
+  using E = Element<T>;
+  static constexpr int U = kUnits<T>;
+
+ public:
+  Projection(const RecurrentInput<T>& p, int threads)
+      : p_(p),
+        in_place_(p.rows <= kFewRows),
+        blocks_((p.columns + U - 1) / U, p.F, in_place_),
+        strips_((p.rows + kTileRows - 1) / kTileRows),
+        rows_(in_place_ ? p.rows * blocks_.row : 0),
+        packed_(strips_ * blocks_.strip),
+        panels_(threads * blocks_.panel) {}
+
+  void run(int index, int threads) {
+    const Range own = share(strips_, index, threads);
+    for (int64_t s = own.begin; s < own.end; ++s) prepare(s);
+    wait_for_all(threads);
+    const Range blocks = share(blocks_.count, index, threads);
+    for (int64_t k = blocks.begin; k < blocks.end; ++k) multiply_block(k, panels_.get() + index * blocks_.panel);
+    wait_for_all(threads);
+  }
+
+ private:
+  int rows_of(int64_t s) const {
+    const int64_t left = p_.rows - s * kTileRows;
+    return left < kTileRows ? static_cast<int>(left) : kTileRows;
+  }
+
+  void prepare(int64_t s) {
+    const T* x = p_.x + s * kTileRows * p_.x_row;
+    for (int64_t u0 = 0; u0 < p_.F; u0 += U) {
+      if (!in_place_) {
+        pack_strip<T>(x + u0, p_.x_row, u0, p_.F, rows_of(s), packed_.get() + s * blocks_.strip);
+        continue;
+      }
+      for (int i = 0; i < rows_of(s); ++i) {
+        for_each_vector<T>(p_.F, u0, [&](int c, auto lanes) PYOPS_ALWAYS_INLINE {
+          store(row_of(s) + i * blocks_.row + u0 + c, load(x + i * p_.x_row + u0 + c, lanes), Full{});
+        });
+      }
+    }
+  }
+  A* row_of(int64_t s) { return rows_.get() + s * kTileRows * blocks_.row; }
+
+  void multiply_block(int64_t k, E* panel) {
+    alignas(kVectorBytes) A products[kTileRows * U];
+    if (!in_place_) pack_block<T>(p_.w_ih, p_.w_ih_row, k * U, p_.columns, p_.F, panel, blocks_.panel);
+    for (int64_t s = 0; s < strips_; ++s) {
+      const int rows = rows_of(s);
+      if (in_place_) {
+        multiply_in_place<T>(p_.w_ih, p_.w_ih_row, 1, p_.columns, p_.F, k * U, row_of(s), blocks_.row, rows, products,
+                             U);
+      } else {
+        multiply<Into::product, 1, kStripStep<A>>(rows, packed_.get() + s * blocks_.strip, panel, blocks_.panel,
+                                                  blocks_.steps, products, U, U);
+      }
+      for_each_vector<T>(p_.columns, k * U, [&](int c, auto lanes) PYOPS_ALWAYS_INLINE {
+        const int64_t u = k * U + c, left = p_.b_hh == nullptr ? 0 : p_.added - u;
+        Vec<A> bias = load_or_zero(p_.b_ih, u, lanes);
+        if (left >= kLanes<A>) {
+          bias += load(p_.b_hh + u, lanes);
+        } else if (left > 0) {
+          bias += load(p_.b_hh + u, Partial{static_cast<int>(left)});
+        }
+        for (int i = 0; i < rows; ++i) {
+          store(p_.gx + (s * kTileRows + i) * p_.columns + u, load(products + i * U + c, Full{}) + bias, lanes);
+        }
+      });
+    }
+  }
+
+  const RecurrentInput<T>& p_;
+  const bool in_place_;
+  Blocks<T> blocks_;
+  int64_t strips_;
+  Scratch<A> rows_;    // [rows, blocks.row], or
+  Scratch<E> packed_;  // [strips, blocks.strip]
+  Scratch<E> panels_;  // [threads, blocks.panel]
+};
+
 template <typename T, RecurrentCell kFamily>
 void forward(const RecurrentFwdParams<T>& p) {
   const Division division(p, gates_of<kFamily>(p.cell));
   ForwardMemory<T, kFamily> memory(p, division);
+  const RecurrentInput<T> none{};
+  Projection<T> projection(p.input == nullptr ? none : *p.input, division.threads);
   in_parallel(division.threads, [&](int index, int count) {
-    if (!memory.single) {
+    if (!memory.in_place) {
       const int64_t blocks = p.directions * (memory.units.count + memory.outputs.count);
       for (int64_t i = index; i < blocks; i += count) pack_weights(p, memory, i);
+    }
+    if (p.input != nullptr) {
+      projection.run(index, count);
+    } else if (!memory.in_place) {
       wait_for_all(count);
     }
     division.for_each_team(p, index, count, memory.meetings.get(),

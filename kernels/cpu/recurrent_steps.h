@@ -32,6 +32,10 @@ inline int saved_of(RecurrentCell cell) {
   return cell == RecurrentCell::coupled ? 3 : kSaved<kFamily>;
 }
 
+// Up to this many rows, weights that are read once are read as they lie: packing them costs as much as 12 rows of the
+// product, and a row of sums of lanes as much as 60 numbers of it.
+constexpr int64_t kFewRows = 32;
+
 // Units of one tile: the products of a tile are [kTileRows, G, kUnits].
 template <typename T>
 constexpr int kUnits = kTileVectors * kLanes<acc_t<T>>;
@@ -209,15 +213,15 @@ PYOPS_INLINE Vec<A> sums_of_lanes(Vec<A> (&v)[L]) {
 
 // ---- matrices ----
 
-// The columns of a product in blocks of U = kUnits: how its weights are packed, and the rows that meet them. Nothing is
-// packed for a single sequence: that would cost several steps.
+// The columns of a product in blocks of U = kUnits: how its weights are packed, and the rows that meet them; unless the
+// weights are read as they lie.
 template <typename T>
 struct Blocks {
-  Blocks(int64_t count, int64_t inner, bool single)
+  Blocks(int64_t count, int64_t inner, bool in_place)
       : count(count),
         steps(static_cast<int>(steps_of<Element<T>>(inner))),
-        panel(single ? 0 : round_up(steps, kLanes<acc_t<T>>) * kPanel<Element<T>>),
-        strip(single ? 0 : round_up(steps, kLanes<acc_t<T>>) * kStripStep<acc_t<T>>),
+        panel(in_place ? 0 : round_up(steps, kLanes<acc_t<T>>) * kPanel<Element<T>>),
+        strip(in_place ? 0 : round_up(steps, kLanes<acc_t<T>>) * kStripStep<acc_t<T>>),
         row(round_up(inner, kLanes<acc_t<T>>)) {}
 
   int64_t count;
@@ -239,7 +243,8 @@ void pack_block(const T* matrix, int64_t row, int64_t u0, int64_t rows, int64_t 
 
 // Numbers u0 to u0 + kUnits, of n, of `count` rows that lie `row` apart: into a strip.
 template <typename T>
-PYOPS_INLINE void pack_strip(const T* rows, int row, int64_t u0, int64_t n, int count, Element<T>* strip) {
+__attribute__((noinline)) void pack_strip(const T* rows, int64_t row, int64_t u0, int64_t n, int count,
+                                          Element<T>* strip) {
   using E = Element<T>;
   constexpr int kStep = kStripStep<acc_t<T>>;
   pack_transposed<kStep, E, T>([&](int i) { return rows + i * row; }, count, n - u0 < kUnits<T> ? n - u0 : kUnits<T>,
@@ -252,37 +257,60 @@ PYOPS_INLINE void pack_row(const T* from, int64_t u0, int64_t n, acc_t<T>* row) 
     store(row + u0 + c, load(from + c, Full{}), Full{});
 }
 
-// The G products of the units from u0 on with one row x, from matrices [H, inner] as they lie, one behind the other.
-template <typename T>
-__attribute__((noinline)) void multiply_row(const T* matrix, int64_t row, int G, int64_t H, int64_t inner, int64_t u0,
-                                            const acc_t<T>* x, acc_t<T>* products) {
+// The G products of the units from u0 on with `count` rows x, from matrices [H, inner] as they lie, one behind the
+// other: kRows rows with as many of a matrix as there are lanes for their sums.
+template <int kRows, typename T>
+__attribute__((noinline)) void multiply_rows(const T* matrix, int64_t row, int G, int64_t H, int64_t inner, int64_t u0,
+                                             const acc_t<T>* x, int64_t x_row, int count, acc_t<T>* products,
+                                             int64_t products_row) {
   using A = acc_t<T>;
-  constexpr int L = kLanes<A>;
+  constexpr int L = kLanes<A>, kOthers = L / kRows;
   for (int g = 0; g < G; ++g) {
-    for (int v = 0; v < kUnits<T> && u0 + v < H; v += L) {
-      const T* w[L];
-      Vec<A> sum[L];
+    for (int v = 0; v < kUnits<T> && u0 + v < H; v += kOthers) {
+      const T* w[kOthers];
 #pragma GCC unroll 16
-      for (int i = 0; i < L; ++i) {
+      for (int i = 0; i < kOthers; ++i) {
         const int64_t u = u0 + v + i < H ? u0 + v + i : H - 1;
         w[i] = matrix + (g * H + u) * row;
-        sum[i] = Vec<A>{};
       }
-      int64_t k = 0;
-      for (; k + L <= inner; k += L) {
-        const Vec<A> part = load(x + k, Full{});
+      for (int r = 0; r < count; r += kRows) {
+        const A* from[kRows];
+        Vec<A> sum[L];
+#pragma GCC unroll 4
+        for (int j = 0; j < kRows; ++j) from[j] = x + (r + j < count ? r + j : count - 1) * x_row;
 #pragma GCC unroll 16
-        for (int i = 0; i < L; ++i) sum[i] += load(w[i] + k, Full{}) * part;
-      }
-      if (k < inner) {
-        const Partial lanes{static_cast<int>(inner - k)};
-        const Vec<A> part = load(x + k, lanes);
+        for (int i = 0; i < L; ++i) sum[i] = Vec<A>{};
+        const auto step = [&](int64_t k, auto lanes) PYOPS_ALWAYS_INLINE {
+          Vec<A> part[kRows];
+#pragma GCC unroll 4
+          for (int j = 0; j < kRows; ++j) part[j] = load(from[j] + k, lanes);
 #pragma GCC unroll 16
-        for (int i = 0; i < L; ++i) sum[i] += load(w[i] + k, lanes) * part;
+          for (int i = 0; i < kOthers; ++i) {
+            const Vec<A> weights = load(w[i] + k, lanes);
+#pragma GCC unroll 4
+            for (int j = 0; j < kRows; ++j) sum[j * kOthers + i] += weights * part[j];
+          }
+        };
+        int64_t k = 0;
+        for (; k + L <= inner; k += L) step(k, Full{});
+        if (k < inner) step(k, Partial{static_cast<int>(inner - k)});
+        alignas(kVectorBytes) A found[L];
+        store(found, sums_of_lanes<A>(sum), Full{});
+        for (int j = 0; j < kRows && r + j < count; ++j) {
+          __builtin_memcpy(products + (r + j) * products_row + g * kUnits<T> + v, found + j * kOthers,
+                           kOthers * sizeof(A));
+        }
       }
-      store(products + g * kUnits<T> + v, sums_of_lanes<A>(sum), Full{});
     }
   }
+}
+template <typename T>
+void multiply_in_place(const T* matrix, int64_t row, int G, int64_t H, int64_t inner, int64_t u0, const acc_t<T>* x,
+                       int64_t x_row, int count, acc_t<T>* products, int64_t products_row) {
+  constexpr int kMost = kLanes<acc_t<T>> >= 16 ? 4 : kLanes<acc_t<T>> >= 4 ? 2 : 1;
+  auto *const with = count == 1 ? &multiply_rows<1, T> : count == 2 ? &multiply_rows < kMost / 2 ? 2 : 1,
+              T > : &multiply_rows<kMost, T>;
+  with(matrix, row, G, H, inner, u0, x, x_row, count, products, products_row);
 }
 
 // ---- norms ----

@@ -69,10 +69,23 @@ struct RecurrentParams {
   int num_threads;
 };
 
+// What gx is made of, for calls of a few rows: a matrix product of their own would cost more to start than to compute.
+template <typename T>
+struct RecurrentInput {
+  const T* x;     // [rows, F]
+  const T* w_ih;  // [G H, F]
+  int64_t x_row, w_ih_row;
+  const T* b_ih;                    // [G H] or null
+  const T* b_hh;                    // [G H] or null; its first `added` numbers are added (a GRU's last H are b_n)
+  T* gx;                            // [rows, G H]
+  int64_t rows, columns, F, added;  // columns: G H
+};
+
 template <typename T>
 struct RecurrentFwdParams : RecurrentParams<T> {
-  T* h_n;  // [directions, B, P]
-  T* c_n;  // [directions, B, H] or null
+  const RecurrentInput<T>* input;  // null: gx is given
+  T* h_n;                          // [directions, B, P] or null
+  T* c_n;                          // [directions, B, H] or null
 };
 
 template <typename T>
