@@ -5,9 +5,14 @@
 #include "bindings.h"
 #include "plain.h"
 
-#ifndef PYOPS_SIMT
+#ifdef PYOPS_SIMT
+#include "../kernels/cuda/recurrent.h"
+#else
 #include "../kernels/cpu/recurrent.h"
 #include "cpu_isa.h"
+#ifdef PYOPS_WITH_CUDA
+#include "../kernels/cuda/recurrent.h"
+#endif
 #endif
 
 #include <memory>
@@ -37,10 +42,23 @@ Cell cell_named(const std::string& name, const char* op) {
   return {RecurrentCell::lstm, 4, 4, true};
 }
 
-// A matrix whose rows are dense.
+bool on_cuda([[maybe_unused]] const TensorView& gx) {
+#ifdef PYOPS_SIMT
+  return true;
+#else
+  return gx.is_cuda();
+#endif
+}
+
+bool same_device(const TensorView& a, const TensorView& b) {
+  return a.t.device.device_type == b.t.device.device_type && a.t.device.device_id == b.t.device.device_id;
+}
+
+// A matrix whose rows are dense, on the device of `like`.
 template <typename T>
-T* matrix(const TensorView& v, int64_t rows, int64_t columns, int64_t& row, const char* op, const char* rule) {
-  require(v && has_dtype<std::remove_const_t<T>>(v) && v.is_cpu() && v.t.ndim == 2 && v.size(0) == rows &&
+T* matrix(const TensorView& v, const TensorView& like, int64_t rows, int64_t columns, int64_t& row, const char* op,
+          const char* rule) {
+  require(v && has_dtype<std::remove_const_t<T>>(v) && same_device(v, like) && v.t.ndim == 2 && v.size(0) == rows &&
               v.size(1) == columns && (columns == 1 || v.stride(1) == 1),
           op, rule);
   row = v.stride(0);
@@ -60,24 +78,36 @@ struct Options {
   int num_threads;
 };
 
+// The sizes of a call, from a matrix of all rows.
+template <typename Params>
+void fill_sizes(Params& p, const Cell& cell, const TensorView& gx, const TensorView& w_hh, const TensorView& w_hr,
+                bool both, int64_t steps, int64_t batch, const char* op) {
+#if !defined(PYOPS_SIMT) && defined(PYOPS_WITH_CUDA)
+  require(gx && (gx.is_cpu() || gx.is_cuda()), op, "gx must be a CPU or CUDA tensor");
+#else
+  require(gx && gx.is_cpu(), op, "gx must be a CPU tensor: this build has no CUDA kernels");
+#endif
+  require(w_hh && w_hh.t.ndim == 2 && gx.t.ndim == 2, op, "gx and w_hh must be matrices");
+  p.cell = cell.kind;
+  p.directions = both ? 2 : 1;
+  p.T_ = steps, p.B = batch;
+  p.H = w_hh.size(0) / cell.gates, p.P = w_hh.size(1);
+  p.rows = gx.size(0);
+  require(p.T_ > 0 && p.B > 0 && p.H > 0 && p.P > 0 && w_hh.size(0) == p.H * cell.gates && (p.P == p.H || w_hr), op,
+          "no size may be 0, and w_hh must be [G H, H], or [G H, P] with a projection");
+}
+
 // What forward and backward share. `y` is [rows, directions P].
 template <typename T, typename Params>
 void fill(Params& p, const Cell& cell, const DirectionViews (&views)[2], const TensorView& h0, const TensorView& c0,
           const TensorView& keep, const TensorView& reset, const TensorView& seed, const TensorView& offsets,
           const TensorView& y, const TensorView& gates, const TensorView& cells, const Options& o, const char* op) {
   const TensorView& first = views[0].gx;
-  require(first && first.is_cpu() && views[0].w_hh && views[0].w_hh.t.ndim == 2 && first.t.ndim == 2, op,
-          "gx and w_hh must be CPU matrices");
-  p.cell = cell.kind;
-  p.directions = views[1].gx ? 2 : 1;
-  p.T_ = o.steps, p.B = o.batch;
-  p.H = views[0].w_hh.size(0) / cell.gates, p.P = views[0].w_hh.size(1);
-  p.rows = first.size(0);
-  require(p.T_ > 0 && p.B > 0 && p.H > 0 && p.P > 0 && views[0].w_hh.size(0) == p.H * cell.gates &&
-              (p.P == p.H || views[0].w_hr),
-          op, "no size may be 0, and w_hh must be [G H, H], or [G H, P] with a projection");
+  fill_sizes(p, cell, first, views[0].w_hh, views[0].w_hr, bool(views[1].gx), o.steps, o.batch, op);
   if (offsets) {
-    p.offsets = dense<int64_t>(offsets, first, p.T_ + 1, op, "offsets must be dense int64 [T + 1]");
+    constexpr const char* kRule = "offsets must be dense int64 [T + 1] on the CPU";
+    require(offsets.is_cpu(), op, kRule);
+    p.offsets = dense<int64_t>(offsets, offsets, p.T_ + 1, op, kRule);
     bool ok = p.offsets[0] == 0 && p.offsets[1] == p.B && p.offsets[p.T_] == p.rows;
     for (int64_t t = 0; ok && t < p.T_; ++t) {
       const int64_t n = p.offsets[t + 1] - p.offsets[t];
@@ -92,13 +122,15 @@ void fill(Params& p, const Cell& cell, const DirectionViews (&views)[2], const T
   for (int d = 0; d < p.directions; ++d) {
     const DirectionViews& v = views[d];
     RecurrentDirection<T>& to = p.direction[d];
-    to.gx = matrix<const T>(v.gx, p.rows, cell.gates * p.H, to.gx_row, op, "gx must be [rows, G H] with dense rows");
-    to.w_hh = matrix<const T>(v.w_hh, cell.gates * p.H, p.P, to.w_hh_row, op, "w_hh must be [G H, P] with dense rows");
+    to.gx =
+        matrix<const T>(v.gx, first, p.rows, cell.gates * p.H, to.gx_row, op, "gx must be [rows, G H] with dense rows");
+    to.w_hh =
+        matrix<const T>(v.w_hh, first, cell.gates * p.H, p.P, to.w_hh_row, op, "w_hh must be [G H, P] with dense rows");
     require(bool(v.w_hr) == bool(views[0].w_hr) && bool(v.ln_gates) == bool(views[0].ln_gates) &&
                 bool(v.ln_cell) == (cell.has_cells && v.ln_gates) && (!v.w_hr || cell.has_cells),
             op, "both directions must have the same options, and only an LSTM a projection and a norm of its cell");
     if (v.w_hr) {
-      to.w_hr = matrix<const T>(v.w_hr, p.P, p.H, to.w_hr_row, op, "w_hr must be [P, H] with dense rows");
+      to.w_hr = matrix<const T>(v.w_hr, first, p.P, p.H, to.w_hr_row, op, "w_hr must be [P, H] with dense rows");
     }
     to.ln_gates = dense<T>(v.ln_gates, first, cell.gates * p.H, op, "ln_gates must be dense [G H]");
     to.ln_cell = dense<T>(v.ln_cell, first, 2 * p.H, op, "ln_cell must be dense [2, H]");
@@ -114,8 +146,9 @@ void fill(Params& p, const Cell& cell, const DirectionViews (&views)[2], const T
     if (to.keep != nullptr) to.keep += d * p.B * p.P;
     if (to.gates != nullptr) to.gates += d * p.rows * cell.saved * p.H;
     if (to.cells != nullptr) to.cells += d * p.rows * p.H;
-    to.y = matrix<T>(y, p.rows, p.directions * p.P, p.y_row, op, "y must be [rows, directions P] with dense rows") +
-           d * p.P;
+    to.y =
+        matrix<T>(y, first, p.rows, p.directions * p.P, p.y_row, op, "y must be [rows, directions P] with dense rows") +
+        d * p.P;
   }
   p.reset = dense<bool>(reset, first, p.rows, op, "reset must be dense bool [rows]");
   p.seed = dense<int64_t>(seed, first, 2, op, "seed must be two int64");
@@ -127,27 +160,71 @@ void fill(Params& p, const Cell& cell, const DirectionViews (&views)[2], const T
 
 #ifndef PYOPS_SIMT
 template <typename T>
-void run(const RecurrentFwdParams<T>& params) {
+void run_cpu(const RecurrentFwdParams<T>& params) {
   PYOPS_CPU_DISPATCH(recurrent_fwd_cpu, params);
 }
 template <typename T>
-void run(const RecurrentBwdParams<T>& params) {
+void run_cpu(const RecurrentBwdParams<T>& params) {
   PYOPS_CPU_DISPATCH(recurrent_bwd_cpu, params);
 }
 
 // Products. A small call finishes sooner than the interpreter lock changes hands.
 constexpr int64_t kReleaseGilFrom = 1 << 16;
 #endif
+#if defined(PYOPS_SIMT) || defined(PYOPS_WITH_CUDA)
+template <typename T>
+void run_cuda(const RecurrentFwdParams<T>& params, acc_t<T>* workspace, void* stream) {
+  recurrent_fwd_cuda(params, workspace, stream);
+}
+template <typename T>
+void run_cuda(const RecurrentBwdParams<T>& params, acc_t<T>* workspace, void* stream) {
+  recurrent_bwd_cuda(params, workspace, stream);
+}
+template <typename T>
+int64_t workspace_cuda(const RecurrentFwdParams<T>& params) {
+  return recurrent_fwd_workspace_cuda(params);
+}
+template <typename T>
+int64_t workspace_cuda(const RecurrentBwdParams<T>& params) {
+  return recurrent_bwd_workspace_cuda(params);
+}
+#endif
 
+// Elements of `workspace`; 0 on the CPU, whose kernels keep their own.
 template <typename Params>
-void launch([[maybe_unused]] const Params& params, const char* op) {
-#ifdef PYOPS_SIMT
-  require(false, op, "there are no CUDA kernels yet");
-#else
-  (void)op;
-  if (params.rows * params.directions * params.H * params.P < kReleaseGilFrom) return run(params);
+int64_t workspace_size([[maybe_unused]] const Params& params, const TensorView& gx) {
+  if (on_cuda(gx)) {
+#if defined(PYOPS_SIMT)
+    return workspace_cuda(params);
+#elif defined(PYOPS_WITH_CUDA)
+    DeviceGuard guard(gx.t.device.device_id);
+    return workspace_cuda(params);
+#endif
+  }
+  return 0;
+}
+
+// Launches the kernels where gx lives.
+template <typename T, typename Params>
+void run(const Params& params, const TensorView& gx, const TensorView& workspace, const char* op) {
+  if (on_cuda(gx)) {
+    const int64_t size = workspace_size(params, gx);
+    require(size == 0 || (workspace && workspace.numel() >= size), op, "workspace is missing or too small");
+    [[maybe_unused]] auto* memory =
+        size == 0 ? nullptr : dense<acc_t<T>>(workspace, gx, workspace.numel(), op, "workspace must be dense");
+    require(reinterpret_cast<uintptr_t>(memory) % 16 == 0, op, "workspace must start at a multiple of 16 bytes");
+#if defined(PYOPS_SIMT)
+    run_cuda(params, memory, nullptr);
+#elif defined(PYOPS_WITH_CUDA)
+    DeviceGuard guard(gx.t.device.device_id);
+    run_cuda(params, memory, current_stream(gx));
+#endif
+    return;
+  }
+#ifndef PYOPS_SIMT
+  if (params.rows * params.directions * params.H * params.P < kReleaseGilFrom) return run_cpu(params);
   py::gil_scoped_release release;
-  run(params);
+  run_cpu(params);
 #endif
 }
 
@@ -157,9 +234,9 @@ void recurrent_fwd(const TensorView& gx, const TensorView& w_hh, const TensorVie
                    const TensorView& peephole_r, const TensorView& ln_gates_r, const TensorView& ln_cell_r,
                    const TensorView& h0, const TensorView& c0, const TensorView& keep, const TensorView& reset,
                    const TensorView& seed, const TensorView& offsets, const TensorView& y, const TensorView& h_n,
-                   const TensorView& c_n, const TensorView& gates, const TensorView& cells, const std::string& cell,
-                   int64_t steps, int64_t batch, bool batch_first, double zoneout_h, double zoneout_c, double eps,
-                   int num_threads) {
+                   const TensorView& c_n, const TensorView& gates, const TensorView& cells, const TensorView& workspace,
+                   const std::string& cell, int64_t steps, int64_t batch, bool batch_first, double zoneout_h,
+                   double zoneout_c, double eps, int num_threads) {
   const Cell kind = cell_named(cell, kFwd);
   const Options o{cell, steps, batch, batch_first, zoneout_h, zoneout_c, eps, num_threads};
   const DirectionViews views[] = {{gx, w_hh, b_n, w_hr, peephole, ln_gates, ln_cell},
@@ -171,7 +248,7 @@ void recurrent_fwd(const TensorView& gx, const TensorView& w_hh, const TensorVie
     p.h_n = dense<T>(h_n, gx, p.directions * p.B * p.P, kFwd, "h_n must be dense [directions, B, P]");
     p.c_n = dense<T>(c_n, gx, p.directions * p.B * p.H, kFwd, "c_n must be dense [directions, B, H]");
     require(p.h_n != nullptr && (p.c_n != nullptr) == kind.has_cells, kFwd, "an output is missing");
-    launch(p, kFwd);
+    run<T>(p, gx, workspace, kFwd);
   });
 }
 
@@ -185,8 +262,8 @@ void recurrent_bwd(const TensorView& dy, const TensorView& dh_n, const TensorVie
                    const TensorView& cells, const TensorView& products, const TensorView& dgx, const TensorView& dp,
                    const TensorView& dm, const TensorView& dbias, const TensorView& dpeephole,
                    const TensorView& dln_gates, const TensorView& dln_cell, const TensorView& dh0,
-                   const TensorView& dc0, const std::string& cell, int64_t steps, int64_t batch, bool batch_first,
-                   double zoneout_h, double zoneout_c, double eps, int num_threads) {
+                   const TensorView& dc0, const TensorView& workspace, const std::string& cell, int64_t steps,
+                   int64_t batch, bool batch_first, double zoneout_h, double zoneout_c, double eps, int num_threads) {
   const Cell kind = cell_named(cell, kBwd);
   const Options o{cell, steps, batch, batch_first, zoneout_h, zoneout_c, eps, num_threads};
   const DirectionViews views[] = {{gx, w_hh, b_n, w_hr, peephole, ln_gates, ln_cell},
@@ -217,7 +294,7 @@ void recurrent_bwd(const TensorView& dy, const TensorView& dh_n, const TensorVie
     A* const cell_grads = dense<A>(dcells, gx, p.directions * p.rows * p.H, kBwd, "dcells must be dense");
     for (int d = 0; d < p.directions; ++d) {
       if (dy) {
-        p.dy[d] = matrix<const T>(dy, p.rows, p.directions * p.P, p.dy_row, kBwd, "dy must be like y") + d * p.P;
+        p.dy[d] = matrix<const T>(dy, gx, p.rows, p.directions * p.P, p.dy_row, kBwd, "dy must be like y") + d * p.P;
       }
       p.dgx[d] = dgxs + d * of_dgx;
       p.dp[d] = dps == nullptr ? nullptr : dps + d * of_dgx;
@@ -229,8 +306,38 @@ void recurrent_bwd(const TensorView& dy, const TensorView& dh_n, const TensorVie
       p.dpeephole[d] = sums == nullptr ? nullptr : sums + d * of_peephole;
       p.dcells[d] = cell_grads == nullptr ? nullptr : cell_grads + d * p.rows * p.H;
     }
-    launch(p, kBwd);
+    run<T>(p, gx, workspace, kBwd);
   });
+}
+
+// The elements of `workspace` that a call needs.
+template <template <typename> typename Params>
+int64_t workspace(const TensorView& gx, const TensorView& w_hh, const TensorView& w_hr, const TensorView& ln_gates,
+                  const TensorView& w_hh_r, const TensorView& offsets, const std::string& cell, int64_t steps,
+                  int64_t batch, const char* op) {
+  int64_t size = 0;
+  dispatch_dtypes(op, gx, {}, [&](auto t, auto) {
+    using T = typename decltype(t)::type;
+    Params<T> p{};
+    fill_sizes(p, cell_named(cell, op), gx, w_hh, w_hr, bool(w_hh_r), steps, batch, op);
+    p.offsets = offsets.data<const int64_t>();
+    p.direction[0].w_hr = w_hr.data<const T>();
+    p.direction[0].ln_gates = ln_gates.data<const T>();
+    size = workspace_size(p, gx);
+  });
+  return size;
+}
+
+int64_t recurrent_fwd_workspace(const TensorView& gx, const TensorView& w_hh, const TensorView& w_hr,
+                                const TensorView& ln_gates, const TensorView& w_hh_r, const TensorView& offsets,
+                                const std::string& cell, int64_t steps, int64_t batch) {
+  return workspace<RecurrentFwdParams>(gx, w_hh, w_hr, ln_gates, w_hh_r, offsets, cell, steps, batch, kFwd);
+}
+
+int64_t recurrent_bwd_workspace(const TensorView& gx, const TensorView& w_hh, const TensorView& w_hr,
+                                const TensorView& ln_gates, const TensorView& w_hh_r, const TensorView& offsets,
+                                const std::string& cell, int64_t steps, int64_t batch) {
+  return workspace<RecurrentBwdParams>(gx, w_hh, w_hr, ln_gates, w_hh_r, offsets, cell, steps, batch, kBwd);
 }
 
 #ifndef PYOPS_SIMT
@@ -321,7 +428,7 @@ PyObject* acc_dtype(const TensorView& v) {
 }
 
 // (h, c) of a cell, (y, h_n, c_n) of a sequence, with c as None where the cell has none; when an argument wants a
-// gradient (y, h_n, c_n, gates, cells) in the shapes of pyops/recurrent.py's RecurrentRule; or None for any other call.
+// gradient (y, h_n, c_n, gates, cells) with y as rows, and h_n as None of a cell; or None for any other call.
 py::object recurrent_forward(const std::string& cell, py::handle x, py::handle h0, py::handle c0, py::handle w_ih,
                              py::handle w_hh, py::handle b_ih, py::handle b_hh, bool is_cell, bool batch_first) {
   LayerCall call(cell_named(cell, kFwd), is_cell, batch_first);
@@ -339,15 +446,15 @@ py::object recurrent_forward(const std::string& cell, py::handle x, py::handle h
   const py::object held = x.attr("dtype");
   PyObject* const dtype = held.ptr();
   const int64_t B = call.batch, H = call.H, rows = call.steps * B, columns = call.cell.gates * H;
-  const bool as_rows = grad || is_cell;
   const auto state = [&](const TensorView& given, py::handle tensor) {
-    if (is_cell && !grad) return given ? empty_like(tensor) : empty({B, H}, dtype);
-    return given && !is_cell ? empty_like(tensor) : empty({1, B, H}, dtype);
+    if (given) return empty_like(tensor);
+    return is_cell ? empty({B, H}, dtype) : empty({1, B, H}, dtype);
   };
-  py::object y = as_rows       ? empty({rows, H}, dtype)
+  py::object y = is_cell       ? state(call.h0, h0)
+                 : grad        ? empty({rows, H}, dtype)
                  : batch_first ? empty({B, call.steps, H}, dtype)
                                : empty({call.steps, B, H}, dtype);
-  py::object h_n = is_cell && !grad ? py::none() : state(call.h0, h0), gates = py::none(), cells = py::none();
+  py::object h_n = is_cell ? py::none() : state(call.h0, h0), gates = py::none(), cells = py::none();
   py::object c_n = call.cell.has_cells ? state(call.c0, c0) : py::none();
   if (grad) gates = empty({1, rows, call.cell.saved * H}, dtype);
   if (grad && call.cell.has_cells) cells = empty({1, rows, H}, acc_dtype(call.x));
@@ -389,9 +496,9 @@ py::object recurrent_forward(const std::string& cell, py::handle x, py::handle h
     p.num_threads = num_threads;
     p.h_n = view(h_n).data<T>();
     p.c_n = view(c_n).data<T>();
-    if (rows * (call.F + H) * columns < kReleaseGilFrom) return run(p);
+    if (rows * (call.F + H) * columns < kReleaseGilFrom) return run_cpu(p);
     py::gil_scoped_release release;
-    run(p);
+    run_cpu(p);
   });
   if (grad) {
     return py::make_tuple(std::move(y), std::move(h_n), std::move(c_n), std::move(gates), std::move(cells));
@@ -427,13 +534,16 @@ py::object recurrent_backward(const std::string& cell, const py::tuple& saved, c
   py::object dgx = empty({rows, columns}, dtype.ptr());
   py::object dp = kind.kind == RecurrentCell::gru ? empty({rows, columns}, dtype.ptr()) : py::none();
   py::object dbias = needs_bias ? empty({kind.saved, H}, acc) : py::none();
-  py::object dh0 = empty({1, batch, H}, acc), dc0 = kind.has_cells ? empty({1, batch, H}, acc) : py::none();
+  const auto state = [&](const TensorView& v) {
+    return v && v.t.ndim == 2 ? empty({batch, H}, acc) : empty({1, batch, H}, acc);
+  };
+  py::object dh0 = state(h0), dc0 = kind.has_cells ? state(c0) : py::none();
   const TensorView none;
   const LastBias b_n(kind.kind == RecurrentCell::gru ? b_hh : none, H);
   recurrent_bwd(incoming[0], incoming[1], incoming[2], none, Matrix(gates, rows, columns, kind.saved * H), w_hh, b_n,
                 none, none, none, none, none, none, none, none, none, none, none, h0, c0, none, none, none, none, y,
                 gates, cells, none, view(dgx), view(dp), none, view(dbias), none, none, none, view(dh0), view(dc0),
-                cell, steps, batch, batch_first, 0.0, 0.0, 0.0, get_num_threads());
+                none, cell, steps, batch, batch_first, 0.0, 0.0, 0.0, get_num_threads());
   return py::make_tuple(std::move(dgx), std::move(dp), std::move(dbias), std::move(dh0), std::move(dc0));
 }
 #endif
@@ -443,6 +553,8 @@ py::object recurrent_backward(const std::string& cell, const py::tuple& saved, c
 void bind_recurrent(py::module_& m) {
   m.def("recurrent_fwd", &recurrent_fwd);
   m.def("recurrent_bwd", &recurrent_bwd);
+  m.def("recurrent_fwd_workspace", &recurrent_fwd_workspace);
+  m.def("recurrent_bwd_workspace", &recurrent_bwd_workspace);
 #ifndef PYOPS_SIMT
   m.def("recurrent_forward", &recurrent_forward);
   m.def("recurrent_backward", &recurrent_backward);

@@ -73,6 +73,7 @@ class Direction(NamedTuple):
 _N_DIRECTION = len(Direction._fields)
 _STATES = 1 + 2 * _N_DIRECTION  # where h0, c0, keep, reset, seed and offsets stand, behind x and the directions
 _N_INPUTS = _STATES + 6
+_NO_OPTIONS = (None,) * (2 * _N_DIRECTION - 4)  # in the place of all parameters but the first four
 _AT_STATES = (_STATES, _STATES + 1, _N_INPUTS, _N_INPUTS + 1, _N_INPUTS + 2)  # of h0, c0, y, gates, cells when saved
 
 
@@ -245,6 +246,14 @@ def _arguments(c: Config) -> tuple:
     return c.cell, c.steps, c.batch, c.batch_first, c.zoneout_h, c.zoneout_c, c.eps, _get_num_threads()
 
 
+def _workspace(size, tensors: Sequence[Tensor | None], gx: Tensor, c: Config) -> Tensor | None:
+    """Memory of the kernels' own; ``size``: what tells the elements of it."""
+    first, *rest = _directions(tensors)
+    w_hh_r = rest[0].w_hh if rest else None
+    elements = size(gx, first.w_hh, first.w_hr, first.ln_gates, w_hh_r, tensors[-1], c.cell, c.steps, c.batch)
+    return gx.new_empty(elements, dtype=_acc(gx.dtype)) if elements else None
+
+
 def _project(x: Tensor, w: Direction, c: Config, out: Tensor) -> None:
     """gx of a direction, into ``out``."""
     bias, _ = _biases(w, c.cell)
@@ -276,8 +285,10 @@ def forward_leaf(tensors: Sequence[Tensor | None], c: Config) -> tuple[Tensor | 
             projected = gates if kept and G == S else x.new_empty(D, N, G * H)
             for d, w in enumerate(directions):
                 _project(x, w, c, projected[d])
-        leaf(c.backend, "recurrent").recurrent_fwd(
-            *_kernel_inputs(tensors, projected, c), y, h_n, c_n, gates, cells, *_arguments(c)
+        kernels = leaf(c.backend, "recurrent")
+        workspace = _workspace(kernels.recurrent_fwd_workspace, tensors, projected[0], c)
+        kernels.recurrent_fwd(
+            *_kernel_inputs(tensors, projected, c), y, h_n, c_n, gates, cells, workspace, *_arguments(c)
         )
     return y, h_n, c_n, gates, cells
 
@@ -319,9 +330,9 @@ def _sent(y: Tensor, h0: Tensor | None, keep: Tensor | None, reset, d: int, c: C
 
 def _sum_over_rows(a: Tensor, b: Tensor) -> Tensor:
     """a^T b, a block of rows at a time: one long sum loses more digits than a sum of sums, as step by step."""
-    if a.dtype.itemsize == 2:  # each sum is rounded
-        return torch.mm(a.t(), b)
     rows = min(max(a.shape[0] // 4, 64), 512)
+    if a.shape[0] <= rows or a.dtype.itemsize == 2:  # in 16 bits each sum is rounded
+        return torch.mm(a.t(), b)
     total = torch.mm(a[:rows].t(), b[:rows])
     for first in range(rows, a.shape[0], rows):
         total.addmm_(a[first : first + rows].t(), b[first : first + rows])
@@ -406,12 +417,17 @@ def backward_leaf(
         products = None
         if normalised:
             with without_autocast(x.device):
-                products = torch.stack([sent(d).to(acc) @ w.w_hh.to(acc).t() for d, w in enumerate(directions)])
+                products = x.new_empty(D, N, G * H, dtype=acc)
+                for d, w in enumerate(directions):
+                    torch.mm(sent(d).to(acc), w.w_hh.to(acc).t(), out=products[d])
         # In the place of gx, which backward does not read, the gates that came of it.
-        leaf(c.backend, "recurrent").recurrent_bwd(
+        of_gates = gates[:, :, : G * H]
+        kernels = leaf(c.backend, "recurrent")
+        workspace = _workspace(kernels.recurrent_bwd_workspace, tensors, of_gates[0], c)
+        kernels.recurrent_bwd(
             _dense_rows(dy), _dense(dh_n), _dense(dc_n), _dense(dcells),
-            *_kernel_inputs(tensors, gates[:, :, : G * H], c), y, gates, cells, products,
-            dgx, dp, dm, dbias, dpeephole, dln_gates, dln_cell, dh0, dc0, *_arguments(c),
+            *_kernel_inputs(tensors, of_gates, c), y, gates, cells, products,
+            dgx, dp, dm, dbias, dpeephole, dln_gates, dln_cell, dh0, dc0, workspace, *_arguments(c),
         )  # fmt: skip
     grads: list[Tensor | None] = [None] * _N_INPUTS
     with without_autocast(x.device):
@@ -532,8 +548,14 @@ def _bwd_vmap(info, in_dims, *args):
 # ---- autograd ----
 
 
+def _with_direction(t: Tensor | None) -> Tensor | None:
+    """A state, or its gradient, as [directions, batch, numbers]."""
+    return t if t is None or t.dim() == 3 else t.unsqueeze(0)
+
+
 class RecurrentRule(autograd.Rule):
-    """Tensors: those of :func:`definition`. Saved: the same, then y, gates and cells."""
+    """Tensors: those of :func:`definition`, but the states of a direct call of a cell have no directions. Saved: the
+    same, then y, gates and cells."""
 
     name = "Recurrent"
     config = Config
@@ -568,44 +590,51 @@ class RecurrentRule(autograd.Rule):
 
     @staticmethod
     def backward(direct, grads, saved, c, needs):
-        tensors, (y, gates, cells) = saved[:_N_INPUTS], saved[_N_INPUTS:]
+        given, (y, gates, cells) = list(saved[:_N_INPUTS]), saved[_N_INPUTS:]
+        tensors = [*given[:_STATES], *map(_with_direction, given[_STATES : _STATES + 2]), *given[_STATES + 2 :]]
+        grads = (grads[0], *map(_with_direction, grads[1:3]), grads[3])
         needs = tuple(needs) + (False,) * (_N_INPUTS - len(needs))
         if direct:
-            return backward_leaf(*grads, tensors, y, gates, cells, c, needs)
-        found = torch.ops.pyops.recurrent_bwd(*grads, *tensors, y, gates, cells, *c, needs)
-        return tuple(g if need else None for g, need in zip(found, needs))
+            found = backward_leaf(*grads, tensors, y, gates, cells, c, needs)
+        else:
+            found = torch.ops.pyops.recurrent_bwd(*grads, *tensors, y, gates, cells, *c, needs)
+        return tuple(
+            None if not need else g if t.dim() == g.dim() else g.view_as(t) for g, t, need in zip(found, given, needs)
+        )
 
     @staticmethod
     def backward_direct(ctx, grads):
-        saved, needs, c = ctx.saved_tensors, ctx.needs_input_grad, Config(*ctx.config)
+        saved, needs = ctx.saved_tensors, ctx.needs_input_grad
+        cell, steps, batch, batch_first = ctx.config[:4]
         x, w_ih, w_hh, _, b_hh = saved[:5]
         h0, c0, y, gates, cells = (saved[i] for i in _AT_STATES)
         found = cpu_kernels("cpu").recurrent_backward(
-            c.cell, (x, w_hh, b_hh, h0, c0, y, gates, cells), grads, c.steps, c.batch, c.batch_first,
-            needs[4] or needs[5],
-        )  # fmt: skip
+            cell, (x, w_hh, b_hh, h0, c0, y, gates, cells), grads, steps, batch, batch_first, needs[4] or needs[5]
+        )
         if found is None:
             return None
         dgx, dp, dbias, dh0, dc0 = found
-        result: list[Tensor | None] = [None] * (_STATES + 3)
+        dx = dw_ih = dw_hh = db_ih = db_hh = None
         with without_autocast(x.device):
             if needs[1]:
-                result[1] = torch.mm(dgx, w_ih)
+                dx = torch.mm(dgx, w_ih)
             if needs[2]:
-                result[2] = _sum_over_rows(dgx, x)
+                dw_ih = _sum_over_rows(dgx, x)
             if needs[3]:
-                first = None if h0 is None else h0[0]
-                result[3] = _product_gradient(dgx if dp is None else dp, y, first, None, None, 0, c, None)
+                first = None if h0 is None else h0.view(batch, -1)
+                dp = dgx if dp is None else dp
+                if steps > 1:
+                    dw_hh = _product_gradient(dp, y, first, None, None, 0, Config(*ctx.config), None)
+                else:
+                    dw_hh = torch.zeros_like(w_hh) if first is None else _sum_over_rows(dp, first)
         if needs[4]:
-            result[4] = dbias[: GATES[c.cell]].flatten().to(x.dtype)
+            db_ih = dbias[: GATES[cell]].flatten().to(x.dtype)
         if needs[5]:
-            of_hh = dbias[[0, 1, 3]] if c.cell == "gru" else dbias
-            result[5] = of_hh.flatten().to(x.dtype, copy=True)
-        if needs[_STATES + 1]:
-            result[_STATES + 1] = dh0.to(x.dtype)
-        if needs[_STATES + 2]:
-            result[_STATES + 2] = dc0.to(x.dtype)
-        return tuple(result)
+            of_hh = dbias[[0, 1, 3]] if cell == "gru" else dbias
+            db_hh = of_hh.flatten().to(x.dtype, copy=True)
+        dh0 = dh0.to(x.dtype) if needs[_STATES + 1] else None
+        dc0 = dc0.to(x.dtype) if needs[_STATES + 2] else None
+        return None, dx, dw_ih, dw_hh, db_ih, db_hh, *_NO_OPTIONS, dh0, dc0
 
     @staticmethod
     def formula(grads, saved, c, needs):
@@ -616,9 +645,11 @@ class RecurrentRule(autograd.Rule):
             full = list(tensors)
             for i, t in zip(at, some):
                 full[i] = t
+            full[_STATES : _STATES + 2] = map(_with_direction, full[_STATES : _STATES + 2])
             y, h_n, c_n, _, cells = definition(full, c)
             return tuple(t for t, g in zip((y, h_n, c_n, cells), grads) if g is not None)
 
+        grads = (grads[0], *map(_with_direction, grads[1:3]), grads[3])
         _, vjp = torch.func.vjp(outputs, *(tensors[i] for i in at))
         found = dict(zip(at, vjp(tuple(g for g in grads if g is not None))))
         return tuple(found.get(i) for i in range(_N_INPUTS))
@@ -647,22 +678,11 @@ def _run(tensors: Sequence[Tensor | None], c: Config) -> tuple[Tensor | None, ..
 # ---- what the kernels of a backend do not serve ----
 
 
-def _cuda_limit(x: Tensor) -> str | None:  # noqa: ARG001
-    return 'it has no recurrent kernels yet; use "triton"'
-
-
-# By name, for explain() too: a reason, or None.
-LIMITS = {"cuda": _cuda_limit}
-
-
 def _choose(op: str, x: Tensor, backend: str | None) -> str:
-    return choose(op, x, backend, lambda name: LIMITS[name](x) if name in LIMITS else None)
+    return choose(op, x, backend)
 
 
 # ---- public functions ----
-
-
-_NO_OPTIONS = (None,) * (2 * _N_DIRECTION - 4)
 
 
 def _direct(
@@ -684,19 +704,15 @@ def _direct(
     y, h_n, c_n, gates, cells = results
     if is_cell:
         steps, batch, x = 1, input.shape[0], input
-        h, c = None if h is None else h.unsqueeze(0), None if c is None else c.unsqueeze(0)
     else:
         batch, steps = input.shape[:2] if batch_first else input.shape[1::-1]
         x = input.view(steps * batch, -1)
     config = (cell, steps, batch, batch_first, 0.0, 0.0, 0.0, True, False, "cpu")
     tensors = (x, *w, *_NO_OPTIONS, h, c)
     outputs = (y, h_n) if c_n is None else (y, h_n, c_n)
-    saved = (*tensors, None, None, None, None, y, gates, cells)
-    y, h_n, *c_n = _apply_direct((outputs, saved, config), *tensors)
+    y, h_n, *c_n = _apply_direct((outputs, (*tensors, None, None, None, None, y, gates, cells), config), *tensors)
     c_n = c_n[0] if c_n else None
-    if is_cell:
-        return y, None if c_n is None else c_n[0]
-    return y.view(*input.shape[:2], -1), h_n, c_n
+    return (y, c_n) if is_cell else (y.view(*input.shape[:2], -1), h_n, c_n)
 
 
 def _direct_layer(
@@ -869,7 +885,8 @@ def _layer(
         peephole = None if o.peepholes is None else _autocast(o.peepholes[at + d], x.dtype)
         tensors += [w_ih, w_hh, b_ih, b_hh, w_hr, peephole, of_gates, of_cell]
     tensors += [None] * (2 * _N_DIRECTION - len(tensors))
-    x = torch.cat(projected, -1) if projected else x
+    if projected:
+        x = projected[0] if len(projected) == 1 else torch.cat(projected, -1)
     keep = seed = None
     if training and o.recurrent_dropout > 0:
         keep = F.dropout(x.new_ones(len(weights), c.batch, weights[0][1].shape[1]), o.recurrent_dropout)

@@ -25,9 +25,7 @@ ROW = {
 }
 
 # (operation, cell): why it has no such file.
-MISSING: dict[tuple[str, str], str] = {
-    ("recurrent", "cuda"): "not written yet; explain() says so",
-}
+MISSING: dict[tuple[str, str], str] = {}
 
 # What belongs to no row, and why it is there. Patterns of fnmatch, where * stands for one path component.
 SHARED_CSRC = ("bindings", "cpu_isa")

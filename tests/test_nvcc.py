@@ -27,9 +27,16 @@ LOST_EFFECT = re.compile(r"C7508|C7510|C7511|C7515")
 
 # (source, architecture, part of the complaint): why it stands.
 _WIDE_ROWS = "the widest 16-bit rows in registers; these architectures are not among the default ones and are not tuned"
+_HELD_WEIGHTS = "16-bit weights in registers over all steps; likewise not default and not tuned"
+_FEW_BYTES = "8 to 24 bytes; likewise not default and not tuned"
 ACCEPTED: dict[tuple[str, str, str], str] = {
     ("layer_norm.cu", "100", "layer_norm_fwd_kernel"): _WIDE_ROWS,
     ("layer_norm.cu", "120", "layer_norm_fwd_kernel"): _WIDE_ROWS,
+    ("recurrent.cu", "100", "recurrent_fwd_sequence_kernel"): _HELD_WEIGHTS,
+    ("recurrent.cu", "120", "recurrent_fwd_sequence_kernel"): _HELD_WEIGHTS,
+    ("recurrent.cu", "100", "recurrent_fwd_norm_kernel"): _FEW_BYTES,
+    ("recurrent.cu", "120", "recurrent_fwd_norm_kernel"): _FEW_BYTES,
+    ("recurrent.cu", "120", "recurrent_bwd_projection_kernel"): _FEW_BYTES,
 }
 
 

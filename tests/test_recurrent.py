@@ -6,6 +6,7 @@ import itertools
 import re
 
 import pytest
+import simt
 import torch
 from conftest import TARGETS, Target
 from oracle import Oracle
@@ -17,10 +18,8 @@ import pyops
 from pyops import recurrent
 from pyops.recurrent import GATES
 
-# The CUDA kernels do not exist yet (recurrent.LIMITS says so), so there is nothing for the executor.
-SERVING = [t for t in TARGETS if t.name not in ("simt", "cuda")]
 # What is about the way to the kernels is tested without Triton's interpreter, which is slow.
-FAST = [t for t in SERVING if t.name != "triton" or t.device == "cuda"]
+FAST = [t for t in TARGETS if t.name != "triton" or t.device == "cuda"]
 
 
 @pytest.fixture(params=FAST, ids=str)
@@ -33,13 +32,19 @@ def kernels(request: pytest.FixtureRequest) -> Target:
     return request.param
 
 
-@pytest.fixture(params=[t for t in SERVING if t.name != "eager"], ids=str)
+@pytest.fixture(params=[t for t in TARGETS if t.name != "eager"], ids=str)
 def all_kernels(request: pytest.FixtureRequest) -> Target:
     return request.param
 
 
 def is_interpreted(target: Target) -> bool:
     return target.name == "triton" and target.device == "cpu"
+
+
+def thinned(target: Target, cases: list[Case], interpreted: int, simt: int, start: int = 0) -> list[Case]:
+    """As many as the target's speed allows: each how many-th."""
+    step = interpreted if is_interpreted(target) else simt if target.name == "simt" else 1
+    return cases[start if step > 1 else 0 :: step]
 
 
 OPTIONS = [
@@ -78,8 +83,7 @@ def test_float64_is_the_definition(all_kernels: Target, threads: int) -> None:
     torch.set_num_threads(threads)
     # Hidden sizes on both sides of what Triton holds in one program.
     shapes = [(3, 2, 5), (2, 3, 35)] if is_interpreted(all_kernels) else SHAPES
-    cases = on(all_kernels, grid(shapes))
-    for case in cases[threads::40] if is_interpreted(all_kernels) else cases:
+    for case in thinned(all_kernels, on(all_kernels, grid(shapes)), 40, 9, start=threads):
         tensors = inputs(case)
         expected = results(case, tensors, "definition")
         found = results(case, tensors, all_kernels.name)
@@ -94,10 +98,10 @@ def test_errors(all_kernels: Target, dtype: torch.dtype) -> None:
     cases = [c for c in on(all_kernels, grid(LARGER, dtype=dtype)) if not c.norm and (dtype == F32 or not c.peephole)]
     if not cases:
         pytest.skip("Triton's interpreter multiplies the raw bits of bfloat16")
-    sample = is_interpreted(all_kernels)  # too few for a mean
+    sample = is_interpreted(all_kernels) or all_kernels.name == "simt"  # too few for a mean
     # In float32 the mean is 0.97 of torch's on the measured processor: too near to 1 to hold on every other one.
     with Oracle(f"recurrent layers on {all_kernels}", mean=not sample and dtype != F32) as oracle:
-        for case in cases[:: 120 if sample else 2]:
+        for case in thinned(all_kernels, cases[::2], 60, 6):
             judge(oracle, case, all_kernels.name)
 
 
@@ -161,6 +165,56 @@ def test_randomness_repeats(backend: Target, cell: str) -> None:
     with pyops.use_backend("eager"):
         module.backend = None
         torch.testing.assert_close(module(x)[0], found[0])
+
+
+# ---- the ways of the CUDA kernels ----
+
+# Where no unit needs the sums of others, one kernel takes all steps: with one block for all units, or with several that
+# share them, for which there must be multiprocessors. Else there is a launch or a few for each step.
+STEPS, BLOCK, BLOCKS = "steps", "one block", "several blocks"
+# multiprocessors, ways of forward and backward
+WAYS = [
+    (Case("lstm", 5, 3, 40), 16, STEPS, STEPS),
+    (Case("lstm", 3, 3, 40, dtype=BF16), 16, STEPS, STEPS),
+    (Case("gru", 5, 3, 40, norm=True, dtype=F32), 16, STEPS, STEPS),
+    (Case("lstm", 5, 3, 40, proj=True, dtype=F32), 16, STEPS, STEPS),
+    (Case("lstm", 5, 3, 150, dtype=BF16), 2, STEPS, STEPS),
+    (Case("lstm", 5, 19, 128, directions=2, dtype=BF16), 16, BLOCK, BLOCK),
+    (Case("lstm", 5, 19, 64, packed=True, dtype=F32), 16, BLOCK, BLOCK),
+    (Case("rnn_relu", 5, 3, 77, dtype=F16), 2, BLOCK, BLOCK),
+    (Case("rnn_tanh", 5, 3, 100, dtype=F32), 16, BLOCKS, BLOCK),
+    (Case("gru", 5, 19, 150, directions=2, packed=True, dtype=BF16), 16, BLOCKS, BLOCKS),
+    (Case("lstm", 5, 9, 150, keep=True, reset=True, zoneout=0.3, dtype=F16), 16, BLOCKS, BLOCKS),
+    (Case("coupled", 6, 40, 130, batch_first=True, dtype=F16), 4, BLOCKS, BLOCKS),  # launches one behind the other
+    (Case("lstm", 5, 11, 100, peephole=True, reset=True, packed=True, dtype=F32), 16, BLOCKS, BLOCKS),
+    (Case("gru", 4, 3, 301, dtype=F32, states=False, bias=False), 24, BLOCKS, BLOCKS),
+]
+
+
+@pytest.mark.parametrize(("case", "multiprocessors", "forward", "backward"), WAYS, ids=[str(w[0]) for w in WAYS])
+def test_ways_of_the_cuda_kernels(case: Case, multiprocessors: int, forward: str, backward: str) -> None:
+    """Each is taken where it should be, is right, and gives the same bits in every order of threads and blocks."""
+    executor, tensors = simt.load(), inputs(case)
+    executor.set_multiprocessors(multiprocessors)
+    try:
+        executor.record_sites(True)
+        first = results(case, tensors, "simt")
+        sites = {(site.kernel, site.what) for site in executor.sites()}
+        executor.record_sites(False)
+        for name, way in (("recurrent_fwd", forward), ("recurrent_bwd", backward)):
+            assert any(kernel == f"{name}_step_kernel" for kernel, _ in sites) == (way == STEPS)
+            assert any(kernel == f"{name}_sequence_kernel" for kernel, _ in sites) == (way != STEPS)
+            assert ((f"{name}_sequence_kernel", "store_relaxed") in sites) == (way == BLOCKS)
+        with Oracle(f"{case} on {multiprocessors} multiprocessors", mean=False) as oracle:
+            judge(oracle, case, "simt")
+        for seed in (2, 3):
+            executor.set_seed(seed)
+            again = results(case, tensors, "simt")
+            assert all(torch.equal(again[name], value) for name, value in first.items())
+    finally:
+        executor.record_sites(False)
+        executor.set_multiprocessors(4)
+        executor.set_seed(1)
 
 
 # ---- torch's modules ----
@@ -577,4 +631,3 @@ def test_explain() -> None:
     assert pyops.explain("lstm", X).chosen == "cpu"
     assert pyops.explain("gru", pack_sequence([X[:, 0]])).chosen == "cpu"
     assert pyops.explain("lstm_cell", X[0], backend="eager").chosen == "eager"
-    assert "no recurrent kernels yet" in recurrent.LIMITS["cuda"](X)

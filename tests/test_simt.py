@@ -337,6 +337,70 @@ def test_matrix_instruction_switched_off_gives_wrong_results(selftest: Selftest)
         selftest.enable_all()
 
 
+# ---- words that blocks exchange ----
+
+
+def words(selftest: Selftest, x: Tensor, rounds: int, **options: int) -> Tensor:
+    """y of words_kernel: the numbers of the blocks' threads, then the words."""
+    y = selftest.run("words_kernel", x, torch.zeros(5 * x.numel()), blocks=x.shape[0], n=rounds, **options)
+    return y[: x.numel()].view_as(x)
+
+
+def test_blocks_exchange_words(selftest: Selftest) -> None:
+    expected = x = torch.randint(0, 1000, (3, 64)).float()
+    for _ in range(7):
+        expected = (expected + expected.sum(0)) % 1009
+    for seed in range(8):
+        selftest.set_seed(seed)
+        assert torch.equal(words(selftest, x, 7), expected), seed
+
+
+def test_words_are_missed(selftest: Selftest) -> None:
+    """Without the wait, without the store, and with words that are overwritten before all have read them."""
+    x = torch.randint(1, 1000, (3, 64)).float()
+    selftest.record_sites(True)
+    correct = words(selftest, x, 7)
+    sites = {site.what: site for site in selftest.sites()}
+    selftest.record_sites(False)
+    assert sites.keys() == {"await_stamped", "store_relaxed"}
+    for seed in range(4):
+        selftest.set_seed(seed)
+        selftest.disable(Path(sites["await_stamped"].file).name, sites["await_stamped"].line)
+        assert not torch.equal(words(selftest, x, 7), correct)
+        selftest.enable_all()
+        selftest.disable(Path(sites["store_relaxed"].file).name, sites["store_relaxed"].line)
+        with pytest.raises(RuntimeError, match=r"deadlock: .*thread \(0,0,0\) of block \(.*polls at .*selftest.cu"):
+            words(selftest, x, 7)
+        selftest.enable_all()
+        with pytest.raises(RuntimeError, match="deadlock: threads poll words that nobody writes"):
+            words(selftest, x, 7, variant=1)
+    assert torch.equal(words(selftest, x, 7), correct)
+
+
+def test_deadlock_names_blocks_and_threads(selftest: Selftest) -> None:
+    x = torch.ones(3, 64)
+    with pytest.raises(RuntimeError, match=r"thread \(5,0,0\) of block \(\d,0,0\) and 2 more polls at .*cu"):
+        words(selftest, x, 2, variant=2)
+    # Blocks of a plain launch do not run together.
+    with pytest.raises(RuntimeError, match="deadlock: threads poll words that nobody writes"):
+        selftest.run("words_fault", x, torch.zeros(960), blocks=3, n=2)
+    with pytest.raises(RuntimeError, match="the blocks of a cooperative launch must run together"):
+        words(selftest, torch.ones(5, 64), 2)
+
+
+def test_release_orders_words(selftest: Selftest) -> None:
+    x = torch.randint(1, 1000, (64,)).float()
+
+    def missed(variant: int) -> int:
+        y = selftest.run("flag_kernel", x, torch.zeros(3 * 64 + 256), blocks=3, variant=variant)
+        return int((y[:192].view(3, 64) != x).sum())
+
+    for seed in range(8):
+        selftest.set_seed(seed)
+        assert missed(0) == 0
+        assert sum(missed(1) for _ in range(4)) > 0
+
+
 # ---- bank conflicts ----
 
 CONFLICTS = {  # variant of conflict_kernel: what, extra wavefronts of the access of one warp
@@ -588,7 +652,8 @@ def test_thread_sanitizer_is_silent_on_correct_kernels() -> None:
         assert tsan(program, "--selftest", kernel) == 0, kernel
         # The books that are kept while something is switched off are no race either.
         assert tsan(program, "--selftest", kernel, "--disable", kernel, "no_such_file", "1") == 0, kernel
-    for kernel, variant in [("ldmatrix_kernel", "5"), ("stmatrix_kernel", "4"), ("copy_kernel", "2")]:
+    others = [("ldmatrix_kernel", "5"), ("stmatrix_kernel", "4"), ("copy_kernel", "2")]
+    for kernel, variant in [*others, ("words_kernel", "0"), ("flag_kernel", "0"), ("flag_kernel", "2")]:
         assert tsan(program, "--selftest", kernel, "--variant", variant) == 0, kernel
 
 
@@ -598,6 +663,7 @@ def test_thread_sanitizer_sees_races(selftest: Selftest) -> None:
     assert tsan(program, "--selftest", "block_race_fault") == 66
     for variant in ("1", "2", "3"):  # destination read, source written, destination written before the wait
         assert tsan(program, "--selftest", "early_fault", "--variant", variant) == 66, variant
+    assert tsan(program, "--selftest", "flag_kernel", "--variant", "3") == 66
     selftest.record_sites(True)
     x = torch.randn(3 * 64 * 64 * 4)
     kernels = ("block_sum_kernel", "reverse_kernel", "warp_rotate_kernel", "ldmatrix_kernel", "stmatrix_kernel")

@@ -196,14 +196,14 @@ class Recurrent(Case):
         zoneout = 0.1 if self.options else 0.0
         scalars = (self.cell, T, B, False, zoneout, zoneout if has_cells else 0.0, 1e-5)
         state, dc = new(1, B, P), new(1, B, H, here=has_cells)
-        recurrent.recurrent_fwd(*inputs, y, state, dc, gates, cells, *scalars)
+        recurrent.recurrent_fwd(*inputs, y, state, dc, gates, cells, None, *scalars)
         recurrent.recurrent_bwd(
             y, state, dc, None, *inputs, y, gates, cells, new(1, N, G * H, dtype=acc, here=self.norms),
             new(1, N, G * H), new(1, N, G * H, here=self.cell == "gru" or self.norms),
             new(1, N, P, here=self.projected),
             new(1, S, H, dtype=acc), new(1, 3, H, dtype=acc, here=self.options and has_cells),
             new(1, G * H, dtype=acc, here=self.norms), new(1, 2, H, dtype=acc, here=self.norms and has_cells),
-            new(1, B, P, dtype=acc), new(1, B, H, dtype=acc, here=has_cells), *scalars,
+            new(1, B, P, dtype=acc), new(1, B, H, dtype=acc, here=has_cells), None, *scalars,
         )  # fmt: skip
 
 

@@ -6,6 +6,12 @@
 
 namespace pyops::PYOPS_ISA {
 
+// Of a row that was normalised: its mean and rstd, and the means of the gradient of the result and of that times xhat.
+template <typename A>
+struct RowNorm {
+  A mean, rstd, of_d, of_d_xhat;
+};
+
 template <typename T, RecurrentCell kFamily>
 struct BackwardMemory {
   using A = acc_t<T>;
@@ -38,6 +44,7 @@ struct BackwardMemory {
         dc(kHasCells<kFamily> ? division.teams * most_rows * width : 0),
         d(normalised ? division.teams * most_rows * width * G : 0),
         seen(normalised && kHasCells<kFamily> ? division.teams * most_rows * width * 3 : 0),
+        norms(normalised ? division.teams * most_rows : 0),
         sums(division.teams * kSums * 2 * width),
         meetings(division.teams) {
     __builtin_memset(meetings.get(), 0, division.teams * sizeof(Meeting));
@@ -51,20 +58,21 @@ struct BackwardMemory {
   int strip_rows;
   int64_t strips, units, width;
   int used_sums;
-  Blocks<T> outputs;       // of W_hh: columns of h
-  Blocks<T> inputs;        // of W_hr: columns of m
-  Scratch<E> weights;      // [directions, outputs.count, outputs.panel]
-  Scratch<E> projections;  // [directions, inputs.count, inputs.panel]
-  Scratch<E> dp;           // [teams, 2, strips, outputs.strip] of even and of odd steps
-  Scratch<E> dm;           // [teams, strips, inputs.strip] what goes through W_hr
-  Scratch<A> dp_row;       // [directions, 2, outputs.row] the same of a single sequence
-  Scratch<A> dm_row;       // [directions, inputs.row]
-  Scratch<A> product_row;  // [directions, 2, columns] dp W_hh, and dm W_hr
-  Scratch<A> direct;       // [teams, most_rows, columns] what reaches the last h past the product
-  Scratch<A> dc;           // [teams, most_rows, width]
-  Scratch<A> d;            // [teams, most_rows, units, G, U] gradients before the norm of the gates
-  Scratch<A> seen;         // [teams, most_rows, units, 3, U] c', the gradient of its norm's result, that of m
-  Scratch<A> sums;         // [teams, kSums, 2, width] over rows, and what they lack
+  Blocks<T> outputs;          // of W_hh: columns of h
+  Blocks<T> inputs;           // of W_hr: columns of m
+  Scratch<E> weights;         // [directions, outputs.count, outputs.panel]
+  Scratch<E> projections;     // [directions, inputs.count, inputs.panel]
+  Scratch<E> dp;              // [teams, 2, strips, outputs.strip] of even and of odd steps
+  Scratch<E> dm;              // [teams, strips, inputs.strip] what goes through W_hr
+  Scratch<A> dp_row;          // [directions, 2, outputs.row] the same of a single sequence
+  Scratch<A> dm_row;          // [directions, inputs.row]
+  Scratch<A> product_row;     // [directions, 2, columns] dp W_hh, and dm W_hr
+  Scratch<A> direct;          // [teams, most_rows, columns] what reaches the last h past the product
+  Scratch<A> dc;              // [teams, most_rows, width]
+  Scratch<A> d;               // [teams, most_rows, units, G, U] gradients before the norm of the gates
+  Scratch<A> seen;            // [teams, most_rows, units, 3, U] c', the gradient of its norm's result, that of m
+  Scratch<RowNorm<A>> norms;  // [teams, most_rows]
+  Scratch<A> sums;            // [teams, kSums, 2, width] over rows, and what they lack
   Scratch<Meeting> meetings;
 };
 
@@ -133,9 +141,7 @@ class BackwardTeam {
     const A* c = nullptr;        // and c, within the sequence
     const T* c_start = nullptr;  // or at its beginning; null: 0
   };
-  struct Norm {
-    A mean, rstd, of_d, of_d_xhat;  // means over the row
-  };
+  using Norm = RowNorm<A>;
 
  public:
   BackwardTeam(const RecurrentBwdParams<T>& p, Memory& memory, const Team& team)
@@ -169,14 +175,14 @@ class BackwardTeam {
       }
       if (m_.normalised) {
         if constexpr (kHasCells<kFamily>) {
-          team_.wait();
+          for_each_row(active, [&](int r) { find_cell_norm(r); });
           for_each_tile(units_, active, before, active,
                         [&](int64_t k, int r, int visited, int of) { cell_tile(t, k, r, visited, of); });
-          team_.wait();
+          for_each_row(active, [&](int r) { find_cell_gradient(r); });
           for_each_tile(units_, active, before, active,
                         [&](int64_t k, int r, int visited, int of) { normalised_tile(t, k, r, visited, of); });
         }
-        team_.wait();
+        for_each_row(active, [&](int r) { find_gates_norm(t, r); });
         for_each_tile(units_, active, before, active,
                       [&](int64_t k, int r, int, int of) { gates_tile(t, parity, k, r, of); });
       }
@@ -196,6 +202,14 @@ class BackwardTeam {
       }
     }
   }
+  // What is known of whole rows, once for all blocks: after all that was before, and before all that follows.
+  template <typename F>
+  void for_each_row(int rows, F&& f) {
+    team_.wait();
+    for (int r = team_.index; r < rows; r += team_.threads) f(r);
+    team_.wait();
+  }
+  Norm& norm_of(int r) { return m_.norms.get()[team_.slot * m_.most_rows + r]; }
   E* dp_strip(int parity, int r) {
     return m_.dp.get() + ((team_.slot * 2 + parity) * m_.strips + r / m_.strip_rows) * m_.outputs.strip;
   }
@@ -230,7 +244,7 @@ class BackwardTeam {
 
   Place place(int64_t t, int r, bool visited, bool active) const {
     Place at;
-    at.b = team_.first + r;
+    at.b = team_.sequence(r);
     at.state = team_.d * p_.B + at.b;
     at.visited = visited;
     at.active = active;
@@ -444,8 +458,7 @@ class BackwardTeam {
     alignas(kVectorBytes) A sums[Memory::kSums * U] = {};
     for (int i = 0; i < active; ++i) {
       const Place at = place(t, r + i, i < visited, true);
-      Norm norm{};
-      find_norm<T>(seen_of(0, r + i), m_.units, 3, 1, p_.H, p_.eps, norm.mean, norm.rstd);
+      const Norm& norm = norm_of(r + i);
       A* const held = seen_of(k, r + i);
       for_each_vector<T>(p_.H, k * U, [&](int c, auto lanes) PYOPS_ALWAYS_INLINE {
         const int64_t u = k * U + c;
@@ -464,30 +477,37 @@ class BackwardTeam {
     return tanh<A>(xhat * load(w_.ln_cell + u, lanes) + load(w_.ln_cell + p_.H + u, lanes));
   }
 
+  void find_cell_norm(int r) {
+    find_norm<T>(seen_of(0, r), m_.units, 3, 1, p_.H, p_.eps, norm_of(r).mean, norm_of(r).rstd);
+  }
+  // Once the gradient of the norm's result is known.
+  void find_cell_gradient(int r) {
+    Norm& norm = norm_of(r);
+    Vec<A> sum{}, sum_xhat{};
+    for (int64_t j = 0; j < m_.units; ++j) {
+      const A* of = seen_of(j, r);
+      for_each_vector<T>(p_.H, j * U, [&](int c, auto lanes) PYOPS_ALWAYS_INLINE {
+        const Vec<A> d = inside<A>(load(of + U + c, Full{}), lanes);
+        sum += d;
+        sum_xhat += d * inside<A>((load(of + c, Full{}) - norm.mean) * norm.rstd, lanes);
+      });
+    }
+    norm.of_d = reduce_add<A>(sum) / p_.H, norm.of_d_xhat = reduce_add<A>(sum_xhat) / p_.H;
+  }
+
   // The gates, once the norm of the cells has seen the row.
   __attribute__((noinline)) void normalised_tile(int64_t t, int64_t k, int r, int visited, int active) {
     alignas(kVectorBytes) A sums[Memory::kSums * U] = {};
     for (int row = 0; row < active; ++row) {
       const Place at = place(t, r + row, row < visited, true);
-      Norm norm{};
-      find_norm<T>(seen_of(0, r + row), m_.units, 3, 1, p_.H, p_.eps, norm.mean, norm.rstd);
-      Vec<A> sum{}, sum_xhat{};
-      for (int64_t j = 0; j < m_.units; ++j) {
-        const A* of = seen_of(j, r + row);
-        for_each_vector<T>(p_.H, j * U, [&](int c, auto lanes) PYOPS_ALWAYS_INLINE {
-          const Vec<A> d = inside<A>(load(of + U + c, Full{}), lanes);
-          sum += d;
-          sum_xhat += d * inside<A>((load(of + c, Full{}) - norm.mean) * norm.rstd, lanes);
-        });
-      }
-      const A of_d = reduce_add<A>(sum) / p_.H, of_d_xhat = reduce_add<A>(sum_xhat) / p_.H;
+      const Norm& norm = norm_of(r + row);
       const A* held = seen_of(k, r + row);
       for_each_vector<T>(p_.H, k * U, [&](int c, auto lanes) PYOPS_ALWAYS_INLINE {
         const int64_t u = k * U + c;
         const auto saved = [&](int g) PYOPS_ALWAYS_INLINE { return load(w_.gates + (at.n * S + g) * p_.H + u, lanes); };
         const Vec<A> i = saved(0), f = coupled_ ? A(1) - i : saved(1), g = saved(of_g_), o = saved(of_o_);
         const Vec<A> now = load(held + c, Full{}), xhat = (now - norm.mean) * norm.rstd;
-        const Vec<A> dnow = (load(held + U + c, Full{}) - of_d - xhat * of_d_xhat) * norm.rstd;
+        const Vec<A> dnow = (load(held + U + c, Full{}) - norm.of_d - xhat * norm.of_d_xhat) * norm.rstd;
         const Vec<A> d_o = load(held + 2 * U + c, Full{}) * tanh_seen(xhat, u, lanes) * o * (A(1) - o);
         cell(at, r + row, k, c, i, f, g, old_cell(at, u, lanes), now, d_o, dnow, nullptr, sums, lanes);
       });
@@ -495,35 +515,41 @@ class BackwardTeam {
     add_sums(sums, k);
   }
 
+  void find_gates_norm(int64_t t, int r) {
+    const int64_t H = p_.H;
+    const A* x = p_.products[team_.d] + walk_.row(t, team_.sequence(r)) * G * H;
+    Norm& norm = norm_of(r);
+    find_norm_of_row(x, norm.mean, norm.rstd);
+    Vec<A> sum{}, sum_xhat{};
+    for (int64_t j = 0; j < m_.units; ++j) {
+      for (int g = 0; g < G; ++g) {
+        for_each_vector<T>(H, j * U, [&](int c, auto lanes) PYOPS_ALWAYS_INLINE {
+          const int64_t u = j * U + c;
+          const Vec<A> d = load(d_of(j, r) + g * U + c, Full{}) * load(w_.ln_gates + g * H + u, lanes);
+          sum += d;
+          sum_xhat += d * inside<A>((load(x + g * H + u, lanes) - norm.mean) * norm.rstd, lanes);
+        });
+      }
+    }
+    norm.of_d = reduce_add<A>(sum) / (G * H), norm.of_d_xhat = reduce_add<A>(sum_xhat) / (G * H);
+  }
+
   // Through the norm of the gates to dp.
   __attribute__((noinline)) void gates_tile(int64_t t, int parity, int64_t k, int r, int active) {
     alignas(kVectorBytes) T next[kStep * kMost * U];
     alignas(kVectorBytes) A sums[Memory::kSums * U] = {};
     for (int i = 0; i < active; ++i) {
-      const int64_t n = walk_.row(t, team_.first + r + i), H = p_.H;
+      const int64_t n = walk_.row(t, team_.sequence(r + i)), H = p_.H;
       const A* x = p_.products[team_.d] + n * G * H;
-      A mean, rstd;
-      // The products lie as one block of all of a row.
-      find_norm_of_row(x, mean, rstd);
-      Vec<A> sum{}, sum_xhat{};
-      for (int64_t j = 0; j < m_.units; ++j) {
-        for (int g = 0; g < G; ++g) {
-          for_each_vector<T>(H, j * U, [&](int c, auto lanes) PYOPS_ALWAYS_INLINE {
-            const int64_t u = j * U + c;
-            const Vec<A> d = load(d_of(j, r + i) + g * U + c, Full{}) * load(w_.ln_gates + g * H + u, lanes);
-            sum += d;
-            sum_xhat += d * inside<A>((load(x + g * H + u, lanes) - mean) * rstd, lanes);
-          });
-        }
-      }
-      const A of_d = reduce_add<A>(sum) / (G * H), of_d_xhat = reduce_add<A>(sum_xhat) / (G * H);
+      const Norm& norm = norm_of(r + i);
       T* const row = next + i * G * U;
       __builtin_memset(row, 0, G * U * sizeof(T));
       for (int g = 0; g < G; ++g) {
         for_each_vector<T>(H, k * U, [&](int c, auto lanes) PYOPS_ALWAYS_INLINE {
           const int64_t u = k * U + c;
-          const Vec<A> d = load(d_of(k, r + i) + g * U + c, Full{}), xhat = (load(x + g * H + u, lanes) - mean) * rstd;
-          const Vec<A> dp = (d * load(w_.ln_gates + g * H + u, lanes) - of_d - xhat * of_d_xhat) * rstd;
+          const Vec<A> d = load(d_of(k, r + i) + g * U + c, Full{}),
+                       xhat = (load(x + g * H + u, lanes) - norm.mean) * norm.rstd;
+          const Vec<A> dp = (d * load(w_.ln_gates + g * H + u, lanes) - norm.of_d - xhat * norm.of_d_xhat) * norm.rstd;
           add(sums, Memory::kOfGates + g, c, d * xhat);
           store(p_.dp[team_.d] + (n * G + g) * H + u, dp, lanes);
           store(row + g * U + c, dp, lanes);

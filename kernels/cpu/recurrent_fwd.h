@@ -33,6 +33,7 @@ struct ForwardMemory {
         c(kHasCells<kFamily> ? division.teams * most_rows * units.count * U : 0),
         products(normalised ? division.teams * strips * strip_rows * units.count * G * U : 0),
         seen(normalised && kHasCells<kFamily> ? division.teams * most_rows * units.count * 2 * U : 0),
+        norms(normalised ? division.teams * most_rows * 2 : 0),
         meetings(division.teams) {
     __builtin_memset(meetings.get(), 0, division.teams * sizeof(Meeting));
   }
@@ -53,6 +54,7 @@ struct ForwardMemory {
   Scratch<A> c;            // [teams, most_rows, units.count U]
   Scratch<A> products;     // [teams, rows, units.count, G, U] W_hh h', where a whole row must be seen
   Scratch<A> seen;         // [teams, most_rows, units.count, 2, U] c' and o, where all of c' must be seen
+  Scratch<A> norms;        // [teams, most_rows, 2] mean and rstd of what was normalised last
   Scratch<Meeting> meetings;
 };
 
@@ -111,9 +113,11 @@ class ForwardTeam {
       for_each_tile(units_, active, [&](int64_t k, int r, int count) { tile(t, parity, k, r, count); });
       if (m_.normalised) {
         team_.wait();
+        find_norms(active, [&](int r) { return products_of(0, r); }, G, G);
         for_each_tile(units_, active, [&](int64_t k, int r, int count) { normalised_tile(t, parity, k, r, count); });
         if constexpr (kHasCells<kFamily>) {
           team_.wait();
+          find_norms(active, [&](int r) { return seen_of(0, r); }, 2, 1);
           for_each_tile(units_, active, [&](int64_t k, int r, int count) { cell_tile(t, parity, k, r, count); });
         }
       }
@@ -132,6 +136,15 @@ class ForwardTeam {
       for (int r = 0; r < rows; r += m_.strip_rows) f(k, r, rows - r < m_.strip_rows ? rows - r : m_.strip_rows);
     }
   }
+  // The means of every row of which all is known, once for all blocks.
+  template <typename RowOf>
+  void find_norms(int rows, RowOf&& row_of, int of, int used) {
+    for (int r = team_.index; r < rows; r += team_.threads) {
+      find_norm<T>(row_of(r), m_.units.count, of, used, p_.H, p_.eps, norm_of(r)[0], norm_of(r)[1]);
+    }
+    team_.wait();
+  }
+  A* norm_of(int r) { return m_.norms.get() + (team_.slot * m_.most_rows + r) * 2; }
   E* h_strip(int parity, int r) {
     return m_.h.get() + ((team_.slot * 2 + parity) * m_.strips + r / m_.strip_rows) * m_.units.strip;
   }
@@ -153,14 +166,14 @@ class ForwardTeam {
   void begin() {
     alignas(kVectorBytes) T rows[kStep * U];
     for_each_tile(outputs_, team_.rows, [&](int64_t k, int r, int count) {
-      for (int i = 0; i < count; ++i) send_initial(rows + i * U, team_.first + r + i, k * U);
+      for (int i = 0; i < count; ++i) send_initial(rows + i * U, team_.sequence(r + i), k * U);
       send_strip(rows, 0, k, r, count);
       send_strip(rows, 1, k, r, count);
     });
     if constexpr (kHasCells<kFamily>) {
       for_each_tile(units_, team_.rows, [&](int64_t k, int r, int count) {
         for (int i = r; i < r + count; ++i) {
-          const T* c0 = w_.c0 == nullptr ? nullptr : w_.c0 + (team_.first + i) * p_.H;
+          const T* c0 = w_.c0 == nullptr ? nullptr : w_.c0 + team_.sequence(i) * p_.H;
           for_each_vector<T>(p_.H, k * U, [&](int c, auto lanes) PYOPS_ALWAYS_INLINE {
             store(c_of(i) + k * U + c, load_or_zero(c0, k * U + c, lanes), Full{});
           });
@@ -190,14 +203,14 @@ class ForwardTeam {
     if (walk_.reverse && p_.offsets != nullptr) {
       // The strip is packed as a whole, with the sequences that have not begun.
       const int all = team_.rows - r < m_.strip_rows ? team_.rows - r : m_.strip_rows;
-      for (; count < all; ++count) send_initial(rows + count * U, team_.first + r + count, k * U);
+      for (; count < all; ++count) send_initial(rows + count * U, team_.sequence(r + count), k * U);
     }
     pack_strip<T>(rows, U, k * U, p_.P, count, h_strip(parity, r));
   }
 
   Place place(int64_t t, int r) const {
     Place at;
-    at.b = team_.first + r;
+    at.b = team_.sequence(r);
     at.n = walk_.row(t, at.b);
     const int64_t before = walk_.reverse ? t + 1 : t - 1, after = walk_.reverse ? t - 1 : t + 1;
     at.reset = walk_.resets(at.n);
@@ -233,7 +246,7 @@ class ForwardTeam {
     alignas(kVectorBytes) T next[kStep * U];
     for (int i = 0; i < count; ++i) {
       Place at = place(t, r + i);
-      find_norm<T>(products_of(0, r + i), m_.units.count, G, G, p_.H, p_.eps, at.mean, at.rstd);
+      at.mean = norm_of(r + i)[0], at.rstd = norm_of(r + i)[1];
       units(at, r + i, k, products_of(k, r + i), next + i * U);
     }
     if (!kHasCells<kFamily>) deliver(next, parity, k, r, count);
@@ -242,14 +255,14 @@ class ForwardTeam {
   __attribute__((noinline)) void cell_tile(int64_t t, int parity, int64_t k, int r, int count) {
     alignas(kVectorBytes) T next[kStep * U];
     for (int i = 0; i < count; ++i) {
-      Place at = place(t, r + i);
-      find_norm<T>(seen_of(0, r + i), m_.units.count, 2, 1, p_.H, p_.eps, at.mean, at.rstd);
+      const Place at = place(t, r + i);
+      const A mean = norm_of(r + i)[0], rstd = norm_of(r + i)[1];
       const Zoneout<T> zoneout = zoneout_of_h(at, k);
       const A* held = seen_of(k, r + i);
       for_each_vector<T>(p_.H, k * U, [&](int c, auto lanes) PYOPS_ALWAYS_INLINE {
         const int64_t u = k * U + c;
-        const Vec<A> seen = (load(held + c, Full{}) - at.mean) * at.rstd * load(w_.ln_cell + u, lanes) +
-                            load(w_.ln_cell + p_.H + u, lanes);
+        const Vec<A> seen =
+            (load(held + c, Full{}) - mean) * rstd * load(w_.ln_cell + u, lanes) + load(w_.ln_cell + p_.H + u, lanes);
         finish(at, zoneout, k, c, load(held + U + c, Full{}) * tanh<A>(seen), next + i * U, lanes);
       });
     }

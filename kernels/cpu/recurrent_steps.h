@@ -58,16 +58,18 @@ inline void meet(Meeting& meeting, int threads, int64_t& times) {
   }
 }
 
-// Sequences of one direction, and the threads that step through them together, each with its share of the units.
+// Sequences of one direction, and the threads that step through them together, each with its share of the units. Where
+// there are several teams, sequences are dealt in turn: packed ones are sorted by length.
 struct Team {
   int d;
-  int64_t first;  // sequence
-  int rows;       // sequences
+  int64_t first, stride;  // of the sequences
+  int rows;               // how many
   int index, threads;
   int slot;  // of the teams' memory
   Meeting* meeting;
   int64_t times = 0;
 
+  int64_t sequence(int r) const { return first + r * stride; }
   void wait() { meet(*meeting, threads, times); }
 };
 
@@ -88,7 +90,7 @@ struct Division {
     const int wanted = (threads + p.directions - 1) / p.directions;
     // Beyond a core's own cache, the threads share the weights rather than the sequences.
     const bool near = p.H * p.P * products * static_cast<int64_t>(sizeof(acc_t<T>)) <= kNearBytes;
-    const bool by_rows = p.offsets == nullptr && near && p.B >= wanted * kLeastTeam;
+    const bool by_rows = near && p.B >= wanted * kLeastTeam;
     chunks = by_rows ? wanted : 1;
     teams = p.directions * chunks;
     team_threads = teams >= threads ? 1 : threads / teams;
@@ -104,9 +106,9 @@ struct Division {
     const int together = count == threads ? team_threads : 1;  // OpenMP may give fewer threads than were asked for
     for (int i = index; i < teams * together; i += count) {
       const int slot = i / together;
-      const Range part = share(p.B, slot % chunks, chunks);
-      f(Team{slot / chunks, part.begin, static_cast<int>(part.end - part.begin), i % together, together, slot,
-             &meetings[slot]});
+      const int64_t first = slot % chunks;
+      f(Team{slot / chunks, first, chunks, static_cast<int>((p.B - first + chunks - 1) / chunks), i % together,
+             together, slot, &meetings[slot]});
     }
   }
 };
@@ -131,7 +133,7 @@ struct Walk {
   // How many of the team's sequences have a step t: the first ones.
   int active(int64_t t) const {
     if (p.offsets == nullptr) return team.rows;
-    const int64_t n = p.offsets[t + 1] - p.offsets[t] - team.first;
+    const int64_t n = (p.offsets[t + 1] - p.offsets[t] - team.first + team.stride - 1) / team.stride;
     return n < 0 ? 0 : n < team.rows ? static_cast<int>(n) : team.rows;
   }
   // The step that sequence b begins with.

@@ -1,5 +1,6 @@
-// The vocabulary of the CUDA kernels: conversions, vector memory accesses, barriers, warp exchange, shared memory,
-// Philox and the launch. Kernels reach the hardware only through these wrappers (no asm, no raw __syncthreads or
+// The vocabulary of the CUDA kernels: conversions, vector memory accesses, barriers, warp exchange, words exchanged by
+// blocks, shared memory, Philox and the launch. Kernels reach the hardware only through these wrappers (no asm, no raw
+// __syncthreads or
 // __shfl_*, no __shared__, no cooperative groups, no cub), because the same sources are also compiled by g++ with
 // PYOPS_SIMT, where simt.h provides the device and checks every access, barrier and exchange.
 //
@@ -123,6 +124,13 @@ __device__ __forceinline__ void store_vec(T* p, const Vec<T, N>& v,
 #endif
 }
 
+// Asks for the cache line at p, which will be read soon.
+__device__ __forceinline__ void prefetch([[maybe_unused]] const void* p) {
+#ifndef PYOPS_SIMT
+  asm volatile("prefetch.global.L1 [%0];" ::"l"(p));
+#endif
+}
+
 // -------------------------------------------------------------------------------------- barriers, exchange, atomics
 // Every lane named in `mask` must call with the same mask. Source lanes are relative to segments of `width` lanes.
 
@@ -187,6 +195,76 @@ __device__ __forceinline__ bool warp_any(bool v, unsigned mask = kFullMask, Call
 }
 __device__ __forceinline__ bool warp_all(bool v, unsigned mask = kFullMask, CallSite site = CallSite::current()) {
   return ballot(v, mask, site) == mask;
+}
+
+// --------------------------------------------------------------------------------- words that blocks exchange
+// In global memory, by blocks that run together (launch_cooperative). A word arrives as a whole. What else a thread has
+// stored may arrive later than a relaxed store, but not later than a release that another thread acquires.
+
+__device__ __forceinline__ uint64_t load_relaxed(const uint64_t* p,
+                                                 [[maybe_unused]] CallSite site = CallSite::current()) {
+#ifdef PYOPS_SIMT
+  return simt::load_word(p, false, site);
+#else
+  uint64_t v;
+  asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(v) : "l"(p) : "memory");
+  return v;
+#endif
+}
+
+__device__ __forceinline__ uint64_t load_acquire(const uint64_t* p,
+                                                 [[maybe_unused]] CallSite site = CallSite::current()) {
+#ifdef PYOPS_SIMT
+  return simt::load_word(p, true, site);
+#else
+  uint64_t v;
+  asm volatile("ld.acquire.gpu.global.u64 %0, [%1];" : "=l"(v) : "l"(p) : "memory");
+  return v;
+#endif
+}
+
+__device__ __forceinline__ void store_relaxed(uint64_t* p, uint64_t v,
+                                              [[maybe_unused]] CallSite site = CallSite::current()) {
+#ifdef PYOPS_SIMT
+  simt::store_word(p, v, false, site);
+#else
+  asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(p), "l"(v) : "memory");
+#endif
+}
+
+__device__ __forceinline__ void store_release(uint64_t* p, uint64_t v,
+                                              [[maybe_unused]] CallSite site = CallSite::current()) {
+#ifdef PYOPS_SIMT
+  simt::store_word(p, v, true, site);
+#else
+  asm volatile("st.release.gpu.global.u64 [%0], %1;" ::"l"(p), "l"(v) : "memory");
+#endif
+}
+
+// A value and the number of the step that it belongs to, in one word: whoever finds the number has the value, without a
+// fence.
+__device__ __forceinline__ void store_stamped(uint64_t* p, uint32_t value, uint32_t stamp,
+                                              CallSite site = CallSite::current()) {
+  store_relaxed(p, uint64_t(stamp) << 32 | value, site);
+}
+
+// Waits until the first `count` of N words, `stride` apart, have the stamp.
+template <int N>
+__device__ __forceinline__ void await_stamped(const uint64_t* p, int stride, int count, uint32_t stamp,
+                                              uint32_t (&value)[N], CallSite site = CallSite::current()) {
+  bool all;
+  do {
+    all = true;
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      const uint64_t word = i < count ? load_relaxed(p + i * stride, site) : uint64_t(stamp) << 32;
+      value[i] = uint32_t(word);
+      all = all && uint32_t(word >> 32) == stamp;
+    }
+#ifdef PYOPS_SIMT
+    all = all || simt::await_is_off(site);
+#endif
+  } while (!all);
 }
 
 // --------------------------------------------------------------------------------------------------- shared memory
@@ -295,19 +373,32 @@ __device__ __forceinline__ Philox philox4x32_10(uint32_t c0, uint32_t c1, uint32
 // take their parameters as `const __grid_constant__ Params p`.
 
 #ifndef PYOPS_SIMT
-void launch_kernel(const char* name, const void* kernel, dim3 grid, dim3 block, size_t smem_bytes, stream_t stream,
-                   void** params);
+void launch_kernel(const char* name, const void* kernel, dim3 grid, dim3 block, size_t smem_bytes, bool cooperative,
+                   stream_t stream, void** params);
 #endif
 
 template <typename... Params>
-void launch(const char* name, void (*kernel)(Params...), dim3 grid, dim3 block, size_t smem_bytes,
-            [[maybe_unused]] stream_t stream, const std::type_identity_t<Params>&... params) {
+void launch_as(bool cooperative, const char* name, void (*kernel)(Params...), dim3 grid, dim3 block, size_t smem_bytes,
+               [[maybe_unused]] stream_t stream, const std::type_identity_t<Params>&... params) {
 #ifdef PYOPS_SIMT
-  simt::launch(name, grid, block, smem_bytes, [&] { kernel(params...); });
+  simt::launch(name, grid, block, smem_bytes, cooperative, [&] { kernel(params...); });
 #else
   void* pointers[] = {const_cast<void*>(static_cast<const void*>(&params))...};
-  launch_kernel(name, reinterpret_cast<const void*>(kernel), grid, block, smem_bytes, stream, pointers);
+  launch_kernel(name, reinterpret_cast<const void*>(kernel), grid, block, smem_bytes, cooperative, stream, pointers);
 #endif
+}
+
+template <typename... Params>
+void launch(const char* name, void (*kernel)(Params...), dim3 grid, dim3 block, size_t smem_bytes, stream_t stream,
+            const std::type_identity_t<Params>&... params) {
+  launch_as(false, name, kernel, grid, block, smem_bytes, stream, params...);
+}
+
+// All blocks run together; refused where they do not fit.
+template <typename... Params>
+void launch_cooperative(const char* name, void (*kernel)(Params...), dim3 grid, dim3 block, size_t smem_bytes,
+                        stream_t stream, const std::type_identity_t<Params>&... params) {
+  launch_as(true, name, kernel, grid, block, smem_bytes, stream, params...);
 }
 
 }  // namespace pyops

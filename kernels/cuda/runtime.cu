@@ -11,6 +11,7 @@ namespace pyops {
 #ifdef PYOPS_SIMT
 
 int multiprocessor_count() { return simt::multiprocessor_count(); }
+size_t max_shared_bytes() { return simt::max_shared_bytes(); }
 
 DeviceGuard::DeviceGuard(int) : previous_(0) {}
 DeviceGuard::~DeviceGuard() = default;
@@ -37,16 +38,24 @@ int current_device() {
 
 }  // namespace
 
-int multiprocessor_count() {
+namespace {
+
+template <cudaDeviceAttr kAttribute>
+int attribute() {
   static std::atomic<int> cached[kMaxDevices];
   const int device = current_device();
-  int count = device < kMaxDevices ? cached[device].load(std::memory_order_relaxed) : 0;
-  if (count == 0) {
-    check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
-    if (device < kMaxDevices) cached[device].store(count, std::memory_order_relaxed);
+  int value = device < kMaxDevices ? cached[device].load(std::memory_order_relaxed) : 0;
+  if (value == 0) {
+    check(cudaDeviceGetAttribute(&value, kAttribute, device), "cudaDeviceGetAttribute");
+    if (device < kMaxDevices) cached[device].store(value, std::memory_order_relaxed);
   }
-  return count;
+  return value;
 }
+
+}  // namespace
+
+int multiprocessor_count() { return attribute<cudaDevAttrMultiProcessorCount>(); }
+size_t max_shared_bytes() { return attribute<cudaDevAttrMaxSharedMemoryPerBlockOptin>(); }
 
 DeviceGuard::DeviceGuard(int device) : previous_(current_device()) {
   if (device == previous_) {
@@ -60,14 +69,17 @@ DeviceGuard::~DeviceGuard() {
   if (previous_ != kUnchanged) cudaSetDevice(previous_);
 }
 
-void launch_kernel(const char* name, const void* kernel, dim3 grid, dim3 block, size_t smem_bytes, stream_t stream,
-                   void** params) {
+void launch_kernel(const char* name, const void* kernel, dim3 grid, dim3 block, size_t smem_bytes, bool cooperative,
+                   stream_t stream, void** params) {
   constexpr const char* kWhat = "launch of ";
   if (smem_bytes > kDefaultSharedBytes) {
     const cudaFuncAttribute limit = cudaFuncAttributeMaxDynamicSharedMemorySize;
     check(cudaFuncSetAttribute(kernel, limit, static_cast<int>(smem_bytes)), kWhat, name);
   }
-  check(cudaLaunchKernel(kernel, grid, block, params, smem_bytes, static_cast<cudaStream_t>(stream)), kWhat, name);
+  const auto on = static_cast<cudaStream_t>(stream);
+  check(cooperative ? cudaLaunchCooperativeKernel(kernel, grid, block, params, smem_bytes, on)
+                    : cudaLaunchKernel(kernel, grid, block, params, smem_bytes, on),
+        kWhat, name);
 }
 
 #endif

@@ -1,12 +1,14 @@
 // What host code needs to know of the CUDA runtime; compiles without the CUDA toolkit.
 #pragma once
+#include <stddef.h>
 
 namespace pyops {
 
 using stream_t = void*;  // cudaStream_t
 
-// Multiprocessors of the current device (cached per device).
+// Of the current device (cached per device).
 int multiprocessor_count();
+size_t max_shared_bytes();  // of a block
 
 // Makes `device` current for the lifetime of the guard.
 class DeviceGuard {

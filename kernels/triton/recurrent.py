@@ -1088,12 +1088,16 @@ class _Call:
         return self.layer.y.new_empty(self.D, self.sizes["batch"], width, dtype=dtype or self.acc)
 
 
+def recurrent_fwd_workspace(gx, w_hh, w_hr, ln_gates, w_hh_r, offsets, cell, steps, batch):  # noqa: ARG001
+    return 0
+
+
 @torch.no_grad()
 def recurrent_fwd(
     gx, w_hh, b_n, w_hr, peephole, ln_gates, ln_cell,
     gx_r, w_hh_r, b_n_r, w_hr_r, peephole_r, ln_gates_r, ln_cell_r,
     h0, c0, keep, reset, seed, offsets,
-    y, h_n, c_n, gates, cells,
+    y, h_n, c_n, gates, cells, workspace,  # noqa: ARG001
     cell, steps, batch, batch_first, zoneout_h, zoneout_c, eps,
     num_threads=None,  # noqa: ARG001
 ):  # fmt: skip
@@ -1132,6 +1136,10 @@ def recurrent_fwd(
             c_n.copy_(c)
 
 
+def recurrent_bwd_workspace(gx, w_hh, w_hr, ln_gates, w_hh_r, offsets, cell, steps, batch):  # noqa: ARG001
+    return 0
+
+
 @torch.no_grad()
 def recurrent_bwd(
     dy, dh_n, dc_n, dcells,
@@ -1139,7 +1147,7 @@ def recurrent_bwd(
     gx_r, w_hh_r, b_n_r, w_hr_r, peephole_r, ln_gates_r, ln_cell_r,
     h0, c0, keep, reset, seed, offsets,
     y, gates, cells, products,
-    dgx, dp, dm, dbias, dpeephole, dln_gates, dln_cell, dh0, dc0,
+    dgx, dp, dm, dbias, dpeephole, dln_gates, dln_cell, dh0, dc0, workspace,  # noqa: ARG001
     cell, steps, batch, batch_first, zoneout_h, zoneout_c, eps,
     num_threads=None,  # noqa: ARG001
 ):  # fmt: skip

@@ -19,6 +19,8 @@ import torch
 
 from .build import build
 
+_DIRECTION = ("gx", "w_hh", "b_n", "w_hr", "peephole", "ln_gates", "ln_cell")
+_STATES = ("h0", "c0", "keep", "reset", "seed", "offsets")
 ARGUMENTS = {
     "layer_norm_fwd": ("x", "residual", "weight", "bias", "seed", "y", "sum", "mean", "rstd"),
     "layer_norm_bwd": (
@@ -33,12 +35,27 @@ ARGUMENTS = {
         *("dout", "dlse", "q", "k", "v", "mask", "slopes", "sinks", "seed", "cu_q", "cu_k", "out", "residue", "stats"),
         *("dq", "dk", "dv", "dmask", "workspace"),
     ),
+    "recurrent_fwd": (
+        *_DIRECTION,
+        *(f"{name}_r" for name in _DIRECTION),
+        *_STATES,
+        *("y", "h_n", "c_n", "gates", "cells", "workspace"),
+    ),
+    "recurrent_bwd": (
+        *("dy", "dh_n", "dc_n", "dcells", *_DIRECTION, *(f"{name}_r" for name in _DIRECTION), *_STATES),
+        *("y", "gates", "cells", "products"),
+        *("dgx", "dp", "dm", "dbias", "dpeephole", "dln_gates", "dln_cell", "dh0", "dc0", "workspace"),
+    ),
 }
 OUTPUTS = {
     "layer_norm_fwd": {"y", "sum", "mean", "rstd"},
     "layer_norm_bwd": {"dx", "dresidual", "dweight", "dbias", "workspace"},
     "attention_fwd": {"out", "residue", "stats", "workspace"},
     "attention_bwd": {"dq", "dk", "dv", "dmask", "workspace"},
+    "recurrent_fwd": {"y", "h_n", "c_n", "gates", "cells", "workspace"},
+    "recurrent_bwd": {
+        *("dgx", "dp", "dm", "dbias", "dpeephole", "dln_gates", "dln_cell", "dh0", "dc0", "workspace"),
+    },
 }
 
 
@@ -193,6 +210,18 @@ class SimtBackend(Executor):
 
     def attention_bwd_workspace(self, *args) -> int:
         return self.module.attention_bwd_workspace(*args)
+
+    def recurrent_fwd(self, *args) -> None:
+        self._call("recurrent_fwd", args)
+
+    def recurrent_bwd(self, *args) -> None:
+        self._call("recurrent_bwd", args)
+
+    def recurrent_fwd_workspace(self, *args) -> int:
+        return self.module.recurrent_fwd_workspace(*args)
+
+    def recurrent_bwd_workspace(self, *args) -> int:
+        return self.module.recurrent_bwd_workspace(*args)
 
     def _call(self, name: str, args: tuple) -> None:
         guarded_call(self.lib, getattr(self.module, name), ARGUMENTS[name], OUTPUTS[name], args)

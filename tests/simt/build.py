@@ -34,7 +34,7 @@ FLAGS = [
 CHECKS = ["-fsanitize=bounds-strict,alignment,shift", "-fno-sanitize-recover=all"]
 # Variables without a value start as a pattern (g++ 12): what a device leaves to chance must not look right here.
 PATTERN = "-ftrivial-auto-var-init=pattern"
-EXECUTOR = ["executor", "warp", "matrix", "copies", "conflicts", "sites", "memory", "faults"]
+EXECUTOR = ["executor", "warp", "matrix", "copies", "words", "conflicts", "sites", "memory", "faults"]
 EXECUTOR_FLAGS = ["-O3", "-ffp-contract=off"]  # contracted products would make results depend on the processor
 
 

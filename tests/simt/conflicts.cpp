@@ -83,7 +83,7 @@ void record_access(const char* what, const void* p, size_t bytes, unsigned lanes
   if (number == stream.open.size()) stream.open.emplace_back();
   Access& access = stream.open[number];
   access.lanes |= 1u << me->lane;
-  access.offset[me->lane] = static_cast<const char*>(p) - executor.shared;
+  access.offset[me->lane] = static_cast<const char*>(p) - me->block->shared;
   while (!stream.open.empty() && stream.open.front().lanes == lanes) close_first(stream);
 }
 

@@ -83,7 +83,7 @@ struct Beside {
   void* fiber = nullptr;
   char issued = 0, complete[64] = {};
 };
-Beside beside_of[kStacks];
+Beside beside_of[kMaxFibers];
 
 void tsan_issue(const Copy& copy) {
   Fiber* me = executor.running;
@@ -117,11 +117,11 @@ void tsan_wait(unsigned) {}
 
 std::string text(const Copy& copy) { return "cp_async at " + text(copy.site); }
 
-void copies_begin_block() {
+void copies_begin_block(Block& block) {
   Executor& e = executor;
   e.copying = nullptr;
   for (unsigned i = 0; i < e.threads; ++i) {
-    Fiber& fiber = e.fibers[i];
+    Fiber& fiber = block.fibers[i];
     while (fiber.first_copy != nullptr) {  // of a launch that was abandoned
       Copy* copy = fiber.first_copy;
       fiber.first_copy = copy->next;
@@ -185,7 +185,8 @@ void wait_for_copies(unsigned latest, CallSite site) {
 void let_copies_happen() {
   Executor& e = executor;
   if (e.copies == 0) return;
-  for (Copy* copy = e.fibers[e.random.below(e.threads)].first_copy; copy != nullptr; copy = copy->next) {
+  for (Copy* copy = e.running->block->fibers[e.random.below(e.threads)].first_copy; copy != nullptr;
+       copy = copy->next) {
     if (copy->sometime && !copy->done && e.random.below(2) == 0) take_effect(*copy);
   }
 }

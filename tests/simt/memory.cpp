@@ -45,12 +45,12 @@ std::map<char*, Region> regions;  // by begin
 class Stacks {
  public:
   char* operator[](unsigned fiber) {
-    if (memory_ == nullptr) memory_ = reserve(kStacks * pitch());
+    if (memory_ == nullptr) memory_ = reserve(kMaxFibers * pitch());
     for (; made_ <= fiber; ++made_) protect(memory_ + made_ * pitch() + page_bytes(), kStackBytes, kReadWrite);
     return memory_ + fiber * pitch() + page_bytes();
   }
   bool contains(const char* address) const {
-    return memory_ != nullptr && address >= memory_ && address < memory_ + kStacks * pitch();
+    return memory_ != nullptr && address >= memory_ && address < memory_ + kMaxFibers * pitch();
   }
 
  private:
@@ -61,7 +61,7 @@ class Stacks {
 };
 
 Stacks stacks;
-Region shared_of[kTsanSets];
+Region shared_of[kMaxBlocks];
 
 bool describe(const Region& region, const char* address, std::string& text) {
   if (address < region.map || address >= region.map_end) return false;

@@ -42,7 +42,7 @@ EQUIVALENT: dict[tuple[str, str], str] = {
 KERNELS = Path(__file__).resolve().parents[2] / "kernels" / "cuda"
 PLACES = re.compile(
     r"\b(sync_block|sync_warp|shfl|shfl_down|shfl_xor|warp_reduce_sum|ballot|warp_any|warp_all"
-    r"|ldmatrix|stmatrix|mma_16x8x16|mma_16x8x8_tf32|mma_8x8x4_f64|cp_async_commit|cp_async_wait)(<[^;()]*>)?\("
+    r"|ldmatrix|stmatrix|mma_16x8x16|mma_16x8x8_tf32|mma_8x8x4_f64|cp_async_commit|cp_async_wait|store_stamped|await_stamped)(<[^;()]*>)?\("
 )
 WRAPPERS = ("common.cuh", "mma.cuh")
 # What orders memory, so that ThreadSanitizer must miss it.
@@ -130,7 +130,55 @@ class Attention:
         return [t for t in (out, stats, dq, dk, dv, dbias) if t is not None]
 
 
-Case = LayerNorm | Attention
+@dataclass(frozen=True)
+class Recurrent:
+    """One forward and backward call of an LSTM layer."""
+
+    T: int
+    B: int
+    H: int
+    dtype: torch.dtype = torch.float32
+    everything: bool = False  # peepholes, normalised gates and a projection
+
+    def run(self, backend: SimtBackend) -> list[Tensor]:
+        """As above."""
+        g = torch.Generator().manual_seed(self.T * self.H)
+        backend.set_multiprocessors(8)
+        T, B, H, acc = self.T, self.B, self.H, torch.float32
+        P = H // 2 if self.everything else H
+
+        def data(*shape: int) -> Tensor:
+            return (torch.randn(*shape, generator=g) * 0.5).to(self.dtype)
+
+        def option(*shape: int) -> Tensor | None:
+            return data(*shape) if self.everything else None
+
+        gx, w_hh, dy = data(T * B, 4 * H), data(4 * H, P) * H**-0.5, data(T * B, P)
+        options = (None, option(P, H), option(3, H), option(4 * H), option(2, H))  # b_n first
+        call = ("lstm", T, B, False, 0.0, 0.0, 1e-5, 1)
+        sizes = (gx, w_hh, options[1], options[3], None, None, *call[:3])
+        states = (data(1, B, P), data(1, B, H), None, None, None, None)  # h0 and c0
+        inputs = (gx, w_hh, *options, *[None] * 7, *states)  # no second direction
+
+        y, h_n, c_n = (torch.empty(*shape, dtype=self.dtype) for shape in ((T * B, P), (1, B, P), (1, B, H)))
+        gates, cells = torch.empty(1, T * B, 4 * H, dtype=self.dtype), torch.empty(1, T * B, H)
+        workspace = torch.empty(backend.recurrent_fwd_workspace(*sizes))
+        backend.recurrent_fwd(*inputs, y, h_n, c_n, gates, cells, workspace, *call)
+
+        products = data(1, T * B, 4 * H).to(acc) if self.everything else None
+        dgx, dm = torch.empty_like(gates), torch.empty(1, T * B, P) if self.everything else None
+        dp = torch.empty_like(gates) if self.everything else None
+        sums = [torch.empty(1, n, H) if self.everything or n == 4 else None for n in (4, 3)]
+        sums += [torch.empty(1, 4 * H), torch.empty(1, 2, H)] if self.everything else [None, None]
+        dh0, dc0 = torch.empty(1, B, P), torch.empty(1, B, H)
+        outputs = (dgx, dp, dm, *sums, dh0, dc0)
+        workspace = torch.empty(backend.recurrent_bwd_workspace(*sizes))
+        backend.recurrent_bwd(dy, None, None, None, *inputs, y, gates, cells, products, *outputs, workspace, *call)
+        backend.set_multiprocessors(4)
+        return [t for t in (y, h_n, c_n, gates, cells, *outputs) if t is not None]
+
+
+Case = LayerNorm | Attention | Recurrent
 
 CASES: list[Case] = [
     LayerNorm(70, 8),  # several rows to a warp
@@ -147,6 +195,10 @@ CASES: list[Case] = [
     Attention(70, 72, 72, H=3, p=0.2),  # everything; several tiles of queries and heads share a tile of the bias
     Attention(20, 40, 136),  # dk and dv apart
     Attention(75, 60, 8, lengths=((5, 40), (70, 20))),
+    Recurrent(2, 3, 70, everything=True),  # a step at a time
+    Recurrent(5, 9, 40, torch.bfloat16),  # one block has all units
+    Recurrent(5, 9, 150, torch.bfloat16),  # blocks share the units
+    Recurrent(5, 9, 110),  # the same without matrix instructions
 ]
 
 

@@ -398,9 +398,55 @@ __global__ void conflict_kernel(const __grid_constant__ Params p) {
   p.y[i] = 1.0f;
 }
 
+// Blocks of a cooperative launch hand numbers to each other n times: thread i of each sums what the threads i of all
+// blocks have. The words lie in two halves by turns. Variant 1: in one half, so that numbers are lost; variant 2:
+// thread 5 of block 1 writes none.
+__global__ void words_kernel(const __grid_constant__ Params p) {
+  const int i = threadIdx.x, threads = blockDim.x, blocks = gridDim.x;
+  uint64_t* const words = reinterpret_cast<uint64_t*>(p.y + blocks * threads);
+  uint32_t own = uint32_t(p.x[blockIdx.x * threads + i]);
+  for (int round = 0; round < p.n; ++round) {
+    uint64_t* const turn = words + (p.variant == 1 ? 0 : round % 2) * blocks * threads;
+    if (p.variant != 2 || blockIdx.x != 1 || i != 5) store_stamped(turn + blockIdx.x * threads + i, own, round + 1);
+    uint32_t found[4], sum = 0;
+    await_stamped(turn + i, threads, blocks, uint32_t(round + 1), found);
+    for (int b = 0; b < blocks; ++b) sum += found[b];
+    own = (own + sum) % 1009;
+  }
+  p.y[blockIdx.x * threads + i] = float(own);
+}
+
+// Block 0 writes a number and raises a flag, the others wait for the flag and read the number. Variant 0: all words,
+// ordered by release and acquire; variant 1: by nothing. Variants 2 and 3: the same with a plain number.
+__global__ void flag_kernel(const __grid_constant__ Params p) {
+  uint64_t* const words = reinterpret_cast<uint64_t*>(p.y + blockDim.x * gridDim.x);
+  const bool plain = p.variant >= 2, ordered = p.variant % 2 == 0;
+  const int i = threadIdx.x;
+  uint64_t *const number = words + 2 * i, *const flag = number + 1;
+  if (blockIdx.x == 0) {
+    const uint64_t v = uint64_t(p.x[i]);
+    if (plain) {
+      *number = v;
+    } else {
+      store_relaxed(number, v);
+    }
+    if (ordered) {
+      store_release(flag, 1);
+    } else {
+      store_relaxed(flag, 1);
+    }
+    p.y[i] = float(v);
+    return;
+  }
+  while ((ordered ? load_acquire(flag) : load_relaxed(flag)) != 1) {
+  }
+  p.y[blockIdx.x * blockDim.x + i] = float(plain ? *number : load_relaxed(number));
+}
+
 struct Case {
   const char* name;
   void (*kernel)(Params);
+  bool cooperative = false;
 };
 
 #define CASE(kernel) {#kernel, kernel}
@@ -436,7 +482,10 @@ constexpr Case kCases[] = {CASE(block_sum_kernel),
                            CASE(pipeline_kernel),
                            CASE(early_fault),
                            CASE(copy_fault),
-                           CASE(conflict_kernel)};
+                           CASE(conflict_kernel),
+                           {"words_kernel", words_kernel, true},
+                           {"words_fault", words_kernel},
+                           {"flag_kernel", flag_kernel, true}};
 #undef CASE
 
 }  // namespace
@@ -447,9 +496,9 @@ SIMT_API const char* selftest_run(const char* name, unsigned blocks, unsigned th
                                   const float* x, float* y, int64_t n, int variant) {
   static std::string report;
   try {
-    for (const auto& [kernel_name, kernel] : pyops::kCases) {
+    for (const auto& [kernel_name, kernel, cooperative] : pyops::kCases) {
       if (strcmp(kernel_name, name) != 0) continue;
-      pyops::launch(kernel_name, kernel, blocks, threads, smem_bytes, nullptr, {x, y, n, variant});
+      pyops::launch_as(cooperative, kernel_name, kernel, blocks, threads, smem_bytes, nullptr, {x, y, n, variant});
       return nullptr;
     }
     report = std::string("no kernel ") + name;

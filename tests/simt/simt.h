@@ -49,14 +49,16 @@ enum class Shuffle { kIndex, kDown, kXor };
 enum class Mma { kBf16, kF16, kTf32 };
 
 int multiprocessor_count();
+size_t max_shared_bytes();
 
-// Runs `kernel(context)` once per thread of the grid. Throws std::runtime_error with the report when the launch is not
-// possible or a thread does what a device would not survive.
-void launch(const char* name, dim3 grid, dim3 block, size_t smem_bytes, void (*kernel)(void*), void* context);
+// Runs `kernel(context)` once per thread of the grid; all blocks of a cooperative launch run together. Throws
+// std::runtime_error with the report when the launch is not possible or a thread does what a device would not survive.
+void launch(const char* name, dim3 grid, dim3 block, size_t smem_bytes, bool cooperative, void (*kernel)(void*),
+            void* context);
 
 template <typename F>
-void launch(const char* name, dim3 grid, dim3 block, size_t smem_bytes, F kernel) {
-  launch(name, grid, block, smem_bytes, [](void* context) { (*static_cast<F*>(context))(); }, &kernel);
+void launch(const char* name, dim3 grid, dim3 block, size_t smem_bytes, bool cooperative, F kernel) {
+  launch(name, grid, block, smem_bytes, cooperative, [](void* context) { (*static_cast<F*>(context))(); }, &kernel);
 }
 
 void sync_block(CallSite site);
@@ -113,6 +115,11 @@ void mma_f64(double* d, double a, double b, CallSite site);
 void copy_async(void* shared, const void* global, unsigned bytes, bool valid, CallSite site);
 void commit_copies(CallSite site);
 void wait_for_copies(unsigned latest, CallSite site);
+
+// Words that blocks exchange (words.cpp).
+uint64_t load_word(const uint64_t* p, bool acquire, CallSite site);
+void store_word(uint64_t* p, uint64_t v, bool release, CallSite site);
+bool await_is_off(CallSite site);
 
 // Relaxed, like the device's: orders nothing else.
 template <typename T>

@@ -66,6 +66,10 @@ const char* name_of(Wait kind) {
       return "stmatrix";
     case Wait::kMma:
       return "mma";
+    case Wait::kPoll:
+      return "await_stamped";
+    case Wait::kStore:
+      return "store_relaxed";
     case Wait::kCopyCommit:
       return "cp_async_commit";
     case Wait::kCopyWait:

@@ -1,5 +1,5 @@
-// What the parts of the executor share. One launch runs at a time (launch() holds a lock), its blocks one after
-// another, the threads of a block as fibers of the OS thread that called launch().
+// What the parts of the executor share. One launch runs at a time (launch() holds a lock), the threads of a block as
+// fibers of the OS thread that called launch(). Blocks run one after another, those of a cooperative launch together.
 #pragma once
 
 #include <cstdint>
@@ -11,10 +11,11 @@
 namespace pyops::simt {
 
 constexpr unsigned kWarpLanes = 32;
-constexpr unsigned kMaxThreads = 1024;          // per block
-constexpr size_t kMaxSharedBytes = 227 * 1024;  // per block, compute capability 9.0
-constexpr unsigned kTsanSets = 8;               // of fibers, see fiber_sets()
-constexpr unsigned kStacks = 2 * kMaxThreads;   // two sets of the largest block
+constexpr unsigned kMaxThreads = 1024;             // per block
+constexpr size_t kMaxSharedBytes = 227 * 1024;     // per block, compute capability 9.0
+constexpr unsigned kMaxFibers = 16 * kMaxThreads;  // of all blocks that run together
+constexpr unsigned kMaxBlocks = 64;                // likewise
+constexpr unsigned kTsanSets = 8;                  // of fibers, see fiber_sets()
 
 // What a thread waits in. The names stand in reports.
 enum class Wait : uint8_t {
@@ -27,18 +28,22 @@ enum class Wait : uint8_t {
   kLdmatrix,
   kStmatrix,
   kMma,
-  kCopyCommit,  // the last two are places that can be switched off, no waits: a copy is done when it is waited for
+  kPoll,
+  kStore,  // the last three are places that can be switched off, no waits: a copy is done when it is waited for
+  kCopyCommit,
   kCopyWait,
 };
 
 struct Warp;
 struct Copy;
+struct Block;
 
 // What every switch needs stands first, in one cache line.
 struct alignas(64) Fiber : Thread {
   unsigned lane = 0;
   Context context;
   Warp* warp = nullptr;
+  Block* block = nullptr;
   CallSite site;  // of the wait
   Wait wait = Wait::kNone;
   // The exchange it waits in: operands, then result.
@@ -47,6 +52,8 @@ struct alignas(64) Fiber : Thread {
   int operand = 0, width = 0;
   uint64_t value = 0, result = 0;
   unsigned warp_syncs = 0;
+  // Polls since anything else was last seen to happen, and when that was.
+  uint64_t polls = 0, progress_seen = 0;
   // Asynchronous copies in the order of issue, and numbers of groups.
   Copy *first_copy = nullptr, *last_copy = nullptr;
   unsigned groups_committed = 0, groups_complete = 0;
@@ -80,6 +87,15 @@ struct Warp {
   alignas(64) double a64[kWarpLanes], b64[kWarpLanes], d64[kWarpLanes][2];
 };
 
+struct Block {
+  uint3 index;
+  Fiber* fibers = nullptr;  // consecutive
+  char* shared = nullptr;
+  unsigned barrier_arrived = 0, barrier_generation = 0;
+  char tsan_barrier[2] = {};
+  char *tsan_before = nullptr, *tsan_after = nullptr;  // of this block on its set of fibers
+};
+
 class Random {
  public:
   void seed(uint64_t a, uint64_t b);
@@ -95,19 +111,22 @@ class Random {
 };
 
 struct Executor {
-  Fiber fibers[kMaxThreads];
-  Warp warps[kMaxThreads / kWarpLanes];
-  Fiber* ready[kMaxThreads];
+  Fiber fibers[kMaxFibers];
+  Warp warps[kMaxFibers / kWarpLanes];
+  Block blocks[kMaxBlocks];
+  Fiber* ready[kMaxFibers];
   Fiber* running = nullptr;  // null outside of fibers
   Context host;
-  unsigned threads = 0, live = 0, ready_count = 0;
-  unsigned barrier_arrived = 0, barrier_generation = 0;
+  unsigned threads = 0;       // of a block
+  unsigned fibers_begun = 0;  // of all blocks that run
+  unsigned live = 0, ready_count = 0;
+  uint64_t progress = 0;  // counts what a poll may wait for
   Random random;
 
   const char* kernel_name = "";
   void (*kernel)(void*) = nullptr;
   void* kernel_context = nullptr;
-  char* shared = nullptr;
+  bool cooperative = false;
   size_t shared_bytes = 0;
   std::string failure;
   unsigned copies = 0;            // issued and not waited for, of all threads
@@ -117,8 +136,7 @@ struct Executor {
   int multiprocessors = 4;
 
   void* tsan_host = nullptr;
-  char tsan_launch = 0, tsan_done = 0, tsan_barrier[2] = {}, tsan_sets[kTsanSets][2] = {};
-  char *tsan_before = nullptr, *tsan_after = nullptr;  // of the current block on its set of fibers
+  char tsan_launch = 0, tsan_done = 0, tsan_sets[kTsanSets][2] = {};
 };
 
 extern Executor executor;
@@ -131,6 +149,8 @@ inline void make_ready(Fiber* fiber) {
   executor.ready[executor.ready_count++] = executor.ready[i];
   executor.ready[i] = fiber;
 }
+// Threads that poll may find something new.
+inline void make_progress() { ++executor.progress; }
 // Abandons the launch, which then throws with this text and where it happened.
 [[noreturn]] void fail(const std::string& what);
 [[noreturn]] void fail(const std::string& what, CallSite site);
@@ -147,7 +167,8 @@ extern bool sites_in_use;
 inline bool switched_off(CallSite site, Wait kind) { return sites_in_use && switched_off_slowly(site, kind); }
 
 inline bool in_shared_memory(const void* p, size_t bytes) {
-  const uintptr_t offset = reinterpret_cast<uintptr_t>(p) - reinterpret_cast<uintptr_t>(executor.shared);
+  const uintptr_t offset =
+      reinterpret_cast<uintptr_t>(p) - reinterpret_cast<uintptr_t>(executor.running->block->shared);
   return offset < executor.shared_bytes && bytes <= executor.shared_bytes - offset;
 }
 
@@ -157,11 +178,18 @@ constexpr unsigned kAllLanes = 0xffffffffu;
 // matrix.cpp
 void complete_matrices(Warp& warp, Wait kind);
 
+// executor.cpp
+[[noreturn]] void report_deadlock(const char* what);
+
 // copies.cpp
-void copies_begin_block();
+void copies_begin_block(Block& block);
 void let_copies_happen();  // some of them, by chance
 void check_no_copies_left();
 std::string text(const Copy& copy);
+
+// words.cpp
+void words_begin_launch();
+void words_end_launch();
 
 // conflicts.cpp
 void conflicts_end_block();

@@ -1,6 +1,7 @@
 // ThreadSanitizer's view of the fibers: each is a thread of its own, and a switch orders nothing. What orders memory is
-// said in so many words: launch and end of a kernel, sync_block, sync_warp and cp_async_wait. Shuffles, votes and
-// matrix instructions order nothing, as on the device. Blocks of one launch are unordered.
+// said in so many words: launch and end of a kernel, sync_block, sync_warp, cp_async_wait, and a word's release for who
+// acquires it. Shuffles, votes, relaxed words and matrix instructions order nothing, as on the device. Blocks of one
+// launch are unordered but for that.
 #pragma once
 
 #ifdef PYOPS_SIMT_TSAN

@@ -16,6 +16,7 @@
 
 #include "../../kernels/cuda/attention.h"
 #include "../../kernels/cuda/layer_norm.h"
+#include "../../kernels/cuda/recurrent.h"
 #include "api.h"
 
 SIMT_API const char* selftest_run(const char* name, unsigned blocks, unsigned threads, size_t smem_bytes,
@@ -173,10 +174,66 @@ void attention(const Attention& c) {
   attention_bwd_cuda(bwd, nullptr);
 }
 
+// An LSTM layer; with everything: peepholes, normalised gates and a projection.
+struct Recurrent {
+  int64_t T, B, H;
+  bool everything;
+};
+
+constexpr Recurrent kRecurrent[] = {
+    {2, 3, 70, true},    // a step at a time
+    {5, 9, 40, false},   // one block has all units
+    {5, 9, 150, false},  // blocks share the units
+};
+
+template <typename T>
+void recurrent(const Recurrent& c) {
+  using A = acc_t<T>;
+  constexpr int64_t kGates = 4;
+  simt_set_multiprocessors(8);
+  const int64_t rows = c.T * c.B, P = c.everything ? c.H / 2 : c.H, gates = kGates * c.H;
+  const std::vector<T> gx(rows * gates), w_hh(gates * P), w_hr(P * c.H), peephole(3 * c.H), ln_gates(gates),
+      ln_cell(2 * c.H), dy(rows * P);
+  const std::vector<A> products(rows * gates);
+  std::vector<T> y(rows * P), saved(rows * gates), h_n(c.B * P), c_n(c.B * c.H), dgx(rows * gates), dp(rows * gates),
+      dm(rows * P);
+  std::vector<A> cells(rows * c.H), dbias(gates), dpeephole(3 * c.H), dln_gates(gates), dln_cell(2 * c.H), dh0(c.B * P),
+      dc0(c.B * c.H);
+  RecurrentFwdParams<T> fwd{};
+  fwd.direction[0].gx = gx.data(), fwd.direction[0].gx_row = gates;
+  fwd.direction[0].w_hh = w_hh.data(), fwd.direction[0].w_hh_row = P;
+  fwd.direction[0].y = y.data(), fwd.y_row = P;
+  fwd.direction[0].gates = saved.data(), fwd.direction[0].cells = cells.data();
+  if (c.everything) {
+    fwd.direction[0].w_hr = w_hr.data(), fwd.direction[0].w_hr_row = c.H;
+    fwd.direction[0].peephole = peephole.data();
+    fwd.direction[0].ln_gates = ln_gates.data(), fwd.direction[0].ln_cell = ln_cell.data();
+  }
+  fwd.cell = RecurrentCell::lstm, fwd.directions = 1;
+  fwd.T_ = c.T, fwd.B = c.B, fwd.H = c.H, fwd.P = P, fwd.rows = rows;
+  fwd.step_rows = c.B, fwd.batch_rows = 1, fwd.eps = A(1e-5), fwd.num_threads = 1;
+  fwd.h_n = h_n.data(), fwd.c_n = c_n.data();
+  std::vector<A> workspace(recurrent_fwd_workspace_cuda(fwd));
+  recurrent_fwd_cuda(fwd, workspace.data(), nullptr);
+
+  RecurrentBwdParams<T> bwd{};
+  static_cast<RecurrentParams<T>&>(bwd) = fwd;
+  bwd.dy[0] = dy.data(), bwd.dy_row = P;
+  bwd.dgx[0] = dgx.data(), bwd.dbias[0] = dbias.data();
+  if (c.everything) {
+    bwd.dp[0] = dp.data(), bwd.dm[0] = dm.data(), bwd.products[0] = products.data();
+    bwd.dpeephole[0] = dpeephole.data(), bwd.dln_gates[0] = dln_gates.data(), bwd.dln_cell[0] = dln_cell.data();
+  }
+  bwd.dh0 = dh0.data(), bwd.dc0 = dc0.data();
+  workspace.resize(recurrent_bwd_workspace_cuda(bwd));
+  recurrent_bwd_cuda(bwd, workspace.data(), nullptr);
+  simt_set_multiprocessors(4);
+}
+
 void run_selftest(const char* name, int variant) {
   constexpr unsigned kBlocks = 3, kThreads = 64;
   const std::vector<float> x(kBlocks * kThreads * kThreads * 4, 1.0f);
-  std::vector<float> y(kBlocks * kThreads * 4);
+  std::vector<float> y(kBlocks * kThreads * 8);
   const char* report = selftest_run(name, kBlocks, kThreads, 4096, x.data(), y.data(), kThreads, variant);
   if (report != nullptr) throw std::runtime_error(report);
 }
@@ -209,11 +266,18 @@ int main(int argc, char** argv) try {
     pyops::run_selftest(selftest, variant);
     return 0;
   }
-  if (!disabled.starts_with("attention")) {
+  const auto wanted = [&](const char* op) { return disabled.empty() || disabled.starts_with(op); };
+  if (wanted("layer_norm")) {
     for (const pyops::LayerNorm& c : pyops::kLayerNorm) pyops::layer_norm<float, float>(c);
   }
-  if (!disabled.starts_with("layer_norm")) {
+  if (wanted("attention")) {
     for (const pyops::Attention& c : pyops::kAttention) pyops::attention<pyops::bf16>(c);
+  }
+  if (wanted("recurrent")) {
+    for (const pyops::Recurrent& c : pyops::kRecurrent) {
+      pyops::recurrent<float>(c);
+      pyops::recurrent<pyops::bf16>(c);
+    }
   }
   return 0;
 } catch (const std::exception& error) {

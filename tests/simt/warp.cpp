@@ -47,6 +47,7 @@ void complete(Warp& warp, unsigned mask, Wait kind) {
     make_ready(&lane);
   }
   warp.waiting &= ~mask;
+  make_progress();
   let_copies_happen();
 }
 
