@@ -423,11 +423,11 @@ py::object layer_norm_forward(py::handle x, py::handle residual, py::handle shap
 }
 
 // (None, dx, dresidual, dweight, dbias) of such a call, what LayerNormDirectFunction.backward returns; or None when a
-// further order is wanted, something is watching, or a tensor is not plain or dense. ctx holds saved_tensors (h or y,
-// weight, bias, stats, seed), config and needs_input_grad, whose first entry is no tensor's. grads: of y, and of sum.
-py::object layer_norm_backward(const py::object& ctx, const py::tuple& grads) {
+// further order is wanted, something is watching, or a tensor is not plain or dense. saved: h or y, weight, bias,
+// stats, seed. ctx holds config and needs_input_grad, whose first entry is no tensor's. grads: of y, and of sum.
+py::object layer_norm_backward(const py::object& ctx, const py::tuple& saved, const py::tuple& grads) {
   if (ask(torch_objects.is_grad_enabled) || !is_quiet()) return py::none();
-  const py::tuple saved = ctx.attr("saved_tensors"), config = ctx.attr("config"), needs = ctx.attr("needs_input_grad");
+  const py::tuple config = ctx.attr("config"), needs = ctx.attr("needs_input_grad");
   const int num_threads = get_num_threads();
   TensorView dy, dsum, h, weight, bias, stats, seed;
   Layout layout;

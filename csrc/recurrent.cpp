@@ -529,6 +529,7 @@ py::object recurrent_backward(const std::string& cell, const py::tuple& saved, c
   }
   if (!x || !w_hh || !y || !gates || w_hh.t.ndim != 2 || x.t.ndim != 2) return py::none();
   const int64_t H = w_hh.size(1), rows = x.size(0), columns = kind.gates * H;
+  if (!is_vector(b_hh, w_hh, columns)) return py::none();  // a hook may have put anything in its place
   PyObject* const acc = acc_dtype(x);
   const py::object dtype = saved[0].attr("dtype");
   py::object dgx = empty({rows, columns}, dtype.ptr());

@@ -25,6 +25,7 @@ from .backend import (
     FLOATING,
     choose,
     functorch_active,
+    is_autocast,
     is_compiling,
     is_plain,
     leaf,
@@ -707,7 +708,7 @@ def _autocast(tensors: Sequence[Any]) -> Sequence[Any]:
     """torch's rule for attention: under autocast, in its dtype. The mask may stay float32."""
     q = tensors[0]
     kind = q.device.type
-    if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
+    if not is_autocast(kind):
         return tensors
     dtype = torch.get_autocast_dtype(kind)
 

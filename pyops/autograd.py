@@ -61,7 +61,7 @@ class Rule:
         raise NotImplementedError
 
     @staticmethod
-    def backward_direct(ctx: Any, grads: Tensors) -> tuple | None:
+    def backward_direct(ctx: Any, saved: Tensors, grads: Tensors) -> tuple | None:
         """What ``direct`` returns from backward, for dense plain gradients and no further order; None for any other."""
         raise NotImplementedError
 
@@ -184,13 +184,14 @@ def make(rule: type[Rule]) -> tuple[Callable, type, type]:
 
         @staticmethod
         def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple:
+            saved = ctx.saved_tensors  # once: a checkpoint counts how often
             if not backend.is_compiling():
-                found = backward_direct(ctx, grads)
+                found = backward_direct(ctx, saved, grads)
                 if found is not None:
                     return found
             needs = ctx.needs_input_grad[1:]
             padded = needs + (False,) * (rule.n_tensors - len(needs))
-            found = differentiate(True, grads, ctx.saved_tensors, rule.config(*ctx.config), padded)
+            found = differentiate(True, grads, saved, rule.config(*ctx.config), padded)
             return (None, *found[: len(needs)])
 
     class Plain(torch.autograd.Function):

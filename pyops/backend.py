@@ -322,16 +322,21 @@ def _forward_ad_active() -> bool:
     return getattr(forward_ad, "_current_level", 0) >= 0
 
 
+def is_autocast(device_type: str) -> bool:
+    """Whether autocast is on there; some devices (meta) have none."""
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
 def autocast_to_float(x: torch.Tensor, keep_dtype: bool) -> bool:
     """torch's rule for normalisations: off the CPU, autocast computes and returns them in float32."""
     if x.is_cpu or keep_dtype:
         return False
-    return torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type)
+    return is_autocast(x.device.type)
 
 
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
     """For arithmetic that has one type, whatever autocast would make of its products."""
-    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+    if is_autocast(device.type):
         return torch.autocast(device.type, enabled=False)
     return contextlib.nullcontext()
 

@@ -26,6 +26,7 @@ from .backend import (
     choose,
     cpu_kernels,
     functorch_active,
+    is_autocast,
     is_compiling,
     is_plain,
     leaf,
@@ -480,8 +481,8 @@ class LayerNormRule(autograd.Rule):
         return dx, dresidual, dweight, dbias, None
 
     @staticmethod
-    def backward_direct(ctx, grads):
-        return cpu_kernels("cpu").layer_norm_backward(ctx, grads)
+    def backward_direct(ctx, saved, grads):
+        return cpu_kernels("cpu").layer_norm_backward(ctx, saved, grads)
 
     @classmethod
     def formula(cls, grads, saved, c, needs):
@@ -754,7 +755,7 @@ def add_layer_norm(
         _fail(op, "x", "have a last dimension of at least 1", f"shape {tuple(x.shape)}")
     eps = _check_eps(op, eps)
     _check_tensor(op, "residual", residual, x)
-    if residual.dtype != x.dtype and torch.is_autocast_enabled(x.device.type):
+    if residual.dtype != x.dtype and is_autocast(x.device.type):
         # The sum of a 16-bit branch and a float32 stream is float32, as x + residual would be.
         wide = torch.promote_types(x.dtype, residual.dtype)
         x, residual = x.to(wide), residual.to(wide)

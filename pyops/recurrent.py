@@ -23,6 +23,7 @@ from .backend import (
     choose,
     cpu_kernels,
     functorch_active,
+    is_autocast,
     is_compiling,
     is_plain,
     leaf,
@@ -303,8 +304,8 @@ def _last_h(y: Tensor, h0: Tensor, d: int, c: Config, offsets: Tensor | None) ->
         first = h0.unsqueeze(dim)
         return torch.cat([rest, first] if d else [first, rest], dim).flatten(0, 1)
     sizes = offsets.diff()
-    t = torch.repeat_interleave(torch.arange(c.steps), sizes)
-    b = torch.arange(y.shape[0]) - offsets[t]
+    t = torch.repeat_interleave(torch.arange(c.steps, device=offsets.device), sizes)
+    b = torch.arange(y.shape[0], device=offsets.device) - offsets[t]
     if d == 0:
         at = torch.where(t > 0, offsets[t - 1] + b, y.shape[0] + b)
     else:
@@ -603,8 +604,8 @@ class RecurrentRule(autograd.Rule):
         )
 
     @staticmethod
-    def backward_direct(ctx, grads):
-        saved, needs = ctx.saved_tensors, ctx.needs_input_grad
+    def backward_direct(ctx, saved, grads):
+        needs = ctx.needs_input_grad
         cell, steps, batch, batch_first = ctx.config[:4]
         x, w_ih, w_hh, _, b_hh = saved[:5]
         h0, c0, y, gates, cells = (saved[i] for i in _AT_STATES)
@@ -675,13 +676,6 @@ def _run(tensors: Sequence[Tensor | None], c: Config) -> tuple[Tensor | None, ..
     return y, h_n, c_n, rest.pop(0) if c.return_states else None, cells
 
 
-# ---- what the kernels of a backend do not serve ----
-
-
-def _choose(op: str, x: Tensor, backend: str | None) -> str:
-    return choose(op, x, backend)
-
-
 # ---- public functions ----
 
 
@@ -715,14 +709,22 @@ def _direct(
     return (y, c_n) if is_cell else (y.view(*input.shape[:2], -1), h_n, c_n)
 
 
+def _without_options(zoneout: Any, recurrent_dropout: Any, eps: Any, return_states: Any, *others: Any) -> bool:
+    """What is not valid counts as an option."""
+    zero = type(zoneout) is type(recurrent_dropout) is float and zoneout == recurrent_dropout == 0.0
+    return zero and eps == 1e-5 and not return_states and all(t is None for t in others)
+
+
 def _direct_layer(
     cell: str, input: Tensor | PackedSequence, h: Tensor | None, c: Tensor | None, weights: Any, bidirectional: bool,
-    dropout: Any, batch_first: bool, backend: str | None, *options: Any,
+    dropout: Any, batch_first: bool, backend: str | None, plain: bool,
 ) -> tuple[Tensor | None, ...] | None:  # fmt: skip
-    """:func:`_direct` of a sequence, with ``options`` being what has to be absent."""
-    if bidirectional or type(input) is PackedSequence or type(dropout) is not float or not 0.0 <= dropout <= 1.0:
+    """:func:`_direct` of a sequence; ``plain``: it has no options."""
+    if not plain or bidirectional or type(input) is PackedSequence:
         return None
-    if any(options) or type(weights) not in (list, tuple) or len(weights) != 1:
+    if type(dropout) is not float or not 0.0 <= dropout <= 1.0 or type(weights) not in (list, tuple):
+        return None
+    if len(weights) != 1:
         return None
     w = weights[0]
     if type(w) not in (list, tuple) or len(w) != 5 or w[4] is not None:
@@ -773,14 +775,22 @@ def _check_tensor(op: str, name: str, t: object, like: Tensor | None, shape: tup
     if like is not None:
         if t.device != like.device:
             _fail(op, name, f"be on the device of input, {like.device}", t.device)
-        if t.dtype != like.dtype and not torch.is_autocast_enabled(like.device.type):
+        if t.dtype != like.dtype and not is_autocast(like.device.type):
             _fail(op, name, f"have the dtype of input, {like.dtype}", t.dtype, TypeError)
     if shape is not None and tuple(t.shape) != shape:
         _fail(op, name, f"have shape {shape}", tuple(t.shape))
 
 
+_WEIGHTS = ("w_ih", "w_hh", "b_ih", "b_hh", "w_hr")
+
+
 def _check_weights(op: str, cell: str, x: Tensor, weights: object, D: int, o: Options) -> tuple[int, int]:
     """H and P, once the parameters of every layer and direction fit each other and the input."""
+    is_cell = op.endswith("_cell")
+
+    def named(i: int, j: int) -> str:
+        return _WEIGHTS[j] if is_cell else f"weights[{i}][{j}]"
+
     if not isinstance(weights, (tuple, list)) or not weights or len(weights) % D:
         got = len(weights) if isinstance(weights, (tuple, list)) else type(weights).__name__
         _fail(op, "weights", f"hold {D} sequence{'s' * (D > 1)} of tensors for each layer", got)
@@ -790,17 +800,17 @@ def _check_weights(op: str, cell: str, x: Tensor, weights: object, D: int, o: Op
         if not isinstance(each, (tuple, list)) or len(each) != 5:
             got = len(each) if isinstance(each, (tuple, list)) else type(each).__name__
             _fail(op, f"weights[{i}]", "be (w_ih, w_hh, b_ih, b_hh, w_hr), the last three possibly None", got)
-    _check_tensor(op, "weights[0][1]", first[1], x)
+    _check_tensor(op, named(0, 1), first[1], x)
     if first[1].dim() != 2 or first[1].shape[0] % G or first[1].shape[0] == 0:
-        _fail(op, "weights[0][1]", f"be w_hh, ({G} hidden_size, hidden_size)", tuple(first[1].shape))
+        _fail(op, named(0, 1), f"be w_hh, ({G} hidden_size, hidden_size)", tuple(first[1].shape))
     H = first[1].shape[0] // G
     P = H
     if first[4] is not None:
         if not projects:
-            _fail(op, "weights[0][4]", "be None: only an LSTM has a projection", "a tensor")
-        _check_tensor(op, "weights[0][4]", first[4], x)
+            _fail(op, named(0, 4), "be None: only an LSTM has a projection", "a tensor")
+        _check_tensor(op, named(0, 4), first[4], x)
         if first[4].dim() != 2 or not 0 < first[4].shape[0] < H:
-            _fail(op, "weights[0][4]", "be w_hr, (proj_size, hidden_size) with proj_size < hidden_size",
+            _fail(op, named(0, 4), "be w_hr, (proj_size, hidden_size) with proj_size < hidden_size",
                   tuple(first[4].shape))  # fmt: skip
         P = first[4].shape[0]
     for i, each in enumerate(weights):
@@ -810,33 +820,41 @@ def _check_weights(op: str, cell: str, x: Tensor, weights: object, D: int, o: Op
             if t is None and (j in (2, 3) or shape is None):
                 continue
             if shape is None:
-                _fail(op, f"weights[{i}][{j}]", "be None like that of the first layer", "a tensor")
-            _check_tensor(op, f"weights[{i}][{j}]", t, x, shape)
+                _fail(op, named(i, j), "be None like that of the first layer", "a tensor")
+            _check_tensor(op, named(i, j), t, x, shape)
     for name, found, shapes in (
-        ("peepholes", o.peepholes, ((G - 1, H),)),
-        ("norms", o.norms, ((G * H,), (G * H,), (2, H) if projects else None)),
+        ("peephole", o.peepholes, ((G - 1, H),)),
+        ("norm", o.norms, ((G * H,), (G * H,), (2, H) if projects else None)),
     ):
         if found is None:
             continue
         if not isinstance(found, (tuple, list)) or len(found) != len(weights):
-            _fail(op, name, "have an entry for each entry of weights, " + str(len(weights)),
+            _fail(op, f"{name}s", "have an entry for each entry of weights, " + str(len(weights)),
                   len(found) if isinstance(found, (tuple, list)) else type(found).__name__)  # fmt: skip
         for i, each in enumerate(found):
-            group = (each,) if name == "peepholes" else each
+            shown = name if is_cell else f"{name}s[{i}]"
+            group = (each,) if name == "peephole" else each
             if not isinstance(group, (tuple, list)) or len(group) != len(shapes):
-                _fail(op, f"norms[{i}]", "be the weights of the norms of input, gates and cell", type(group).__name__)
+                _fail(op, shown, "hold the weights of the norms of input, gates and cell",
+                      len(group) if isinstance(group, (tuple, list)) else type(group).__name__)  # fmt: skip
             for t, shape in zip(group, shapes):
                 if shape is None and t is not None:
-                    _fail(op, f"norms[{i}]", "end in None: only an LSTM has a cell", "a tensor")
+                    _fail(op, shown, "end in None: only an LSTM has a cell", "a tensor")
                 if shape is not None:
-                    _check_tensor(op, f"{name}[{i}]", t, x, shape)
+                    _check_tensor(op, shown, t, x, shape)
     return H, P
 
 
-def _check_reset(op: str, reset: object, x: Tensor, packed: bool, lead: tuple[int, ...]) -> Tensor:
-    """As rows."""
+def _check_reset(op: str, reset: object, input: Tensor | PackedSequence, x: Tensor) -> Tensor:
+    """As rows; ``x``: the numbers of input."""
+    packed, lead = isinstance(input, PackedSequence), tuple(x.shape[:-1])
     if packed != isinstance(reset, PackedSequence):
         _fail(op, "reset", "be a PackedSequence exactly where input is one", type(reset).__name__, TypeError)
+    if packed:
+        order, own = input.sorted_indices, reset.sorted_indices
+        same = order is own or (order is not None and own is not None and torch.equal(order, own))
+        if not same or not torch.equal(input.batch_sizes, reset.batch_sizes):
+            _fail(op, "reset", "have the lengths and the order of input", f"batch sizes {reset.batch_sizes.tolist()}")
     mark = reset.data if packed else reset
     if not isinstance(mark, Tensor) or mark.dtype != torch.bool:
         _fail(op, "reset", "be bool", getattr(mark, "dtype", type(mark).__name__), TypeError)
@@ -853,7 +871,7 @@ def _autocast(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 def _common_dtype(x: Tensor, w: Tensor) -> torch.dtype:
     """torch's rule: under autocast recurrent layers compute in its dtype; float64 stays."""
-    if torch.is_autocast_enabled(x.device.type) and torch.float64 not in (x.dtype, w.dtype):
+    if is_autocast(x.device.type) and torch.float64 not in (x.dtype, w.dtype):
         return torch.get_autocast_dtype(x.device.type)
     return x.dtype
 
@@ -879,7 +897,10 @@ def _layer(
         if o.norms is not None:
             of_input, of_gates, of_cell = (_autocast(t, x.dtype) for t in o.norms[at + d])
             bias, b_n = _biases(Direction(w_ih, w_hh, b_ih, b_hh, w_hr, None, None, None), c.cell)
-            projected.append(layer_norm(F.linear(x, w_ih), w_ih.shape[:1], of_input, bias, o.eps, keep_dtype=True))
+            name = None if c.backend == "torch" else c.backend
+            projected.append(
+                layer_norm(F.linear(x, w_ih), w_ih.shape[:1], of_input, bias, o.eps, keep_dtype=True, backend=name)
+            )
             w_ih = b_ih = None
             b_hh = None if b_n is None else F.pad(b_n, (w_hh.shape[0] - b_n.shape[0], 0))
         peephole = None if o.peepholes is None else _autocast(o.peepholes[at + d], x.dtype)
@@ -932,14 +953,14 @@ def _sequence(
     else:
         steps, batch, batch_first = x.shape[0], 1, False
     state = (layers * D, batch) if batched else (layers * D,)
-    for name, t, size in (("h0", h0, P), ("c0", c0, H)):
+    for name, t, size in zip(_state_names(cell), (h0, c0), (P, H)):
         if t is not None:
             _check_tensor(op, name, t, x, (*state, size))
     if reset is not None:
-        reset = _check_reset(op, reset, x, packed, tuple(x.shape[:-1]))
-    name = _choose(op, x, backend)
+        reset = _check_reset(op, reset, input, x)
+    name = choose(op, x, backend)
     dtype = _common_dtype(x, weights[0][0])
-    lead, x = x.shape[:-1], _autocast(x, dtype).reshape(-1, x.shape[-1])
+    lead, x = x.shape[:-1], _autocast(x, dtype).flatten(0, -2)
     states = []
     for t in (h0, c0):
         if t is not None:
@@ -978,16 +999,22 @@ def _sequence(
 
 
 def _options(
-    op: str, peepholes: Any, norms: Any, zoneout: Any, recurrent_dropout: Any, eps: Any, return_states: bool
+    op: str, cell: str, peepholes: Any, norms: Any, zoneout: Any, recurrent_dropout: Any, eps: Any, return_states: bool
 ) -> Options:
     pair = tuple(zoneout) if isinstance(zoneout, (tuple, list)) else (zoneout, zoneout)
     if len(pair) != 2:
         _fail(op, "zoneout", "be a number, or two of them (of h and of c)", len(pair))
     pair = tuple(_check_probability(op, "zoneout", p) for p in pair)
+    if cell not in HAS_CELLS and pair[0] != pair[1]:
+        _fail(op, "zoneout", "be one number: only an LSTM has a cell", zoneout)
     recurrent_dropout = _check_probability(op, "recurrent_dropout", recurrent_dropout)
     if isinstance(eps, bool) or not isinstance(eps, (int, float)) or not 0 <= eps < float("inf"):
         _fail(op, "eps", "be a finite number, not negative", eps)
     return Options(peepholes, norms, pair, recurrent_dropout, float(eps), bool(return_states))
+
+
+def _state_names(cell: str) -> tuple[str, ...]:
+    return ("hx[0]", "hx[1]") if cell in HAS_CELLS else ("hx",)
 
 
 def _states(op: str, hx: object) -> tuple[Tensor | None, Tensor | None]:
@@ -1072,12 +1099,11 @@ def lstm(
     h0, c0 = _states("lstm", hx)
     found = _direct_layer(
         "coupled" if coupled else "lstm", input, h0, c0, weights, bidirectional, dropout, batch_first, backend,
-        reset is not None, peepholes is not None, norms is not None, zoneout, recurrent_dropout, eps != 1e-5,
-        return_states,
+        _without_options(zoneout, recurrent_dropout, eps, return_states, reset, peepholes, norms),
     )  # fmt: skip
     if found is not None:
         return found[0], found[1:]
-    o = _options("lstm", peepholes, norms, zoneout, recurrent_dropout, eps, return_states)
+    o = _options("lstm", "lstm", peepholes, norms, zoneout, recurrent_dropout, eps, return_states)
     dropout = _check_probability("lstm", "dropout", dropout)
     output, h_n, c_n, states = _sequence(
         "lstm", "coupled" if coupled else "lstm", input, h0, c0, weights, batch_first, bidirectional, dropout, training,
@@ -1120,11 +1146,11 @@ def gru(
     """
     found = _direct_layer(
         "gru", input, hx, None, weights, bidirectional, dropout, batch_first, backend,
-        reset is not None, norms is not None, zoneout, recurrent_dropout, eps != 1e-5, return_states,
+        _without_options(zoneout, recurrent_dropout, eps, return_states, reset, norms),
     )  # fmt: skip
     if found is not None:
         return found[:2]
-    o = _options("gru", None, norms, zoneout, recurrent_dropout, eps, return_states)
+    o = _options("gru", "gru", None, norms, zoneout, recurrent_dropout, eps, return_states)
     dropout = _check_probability("gru", "dropout", dropout)
     output, h_n, _, states = _sequence(
         "gru", "gru", input, hx, None, weights, batch_first, bidirectional, dropout, training, reset, o, backend
@@ -1168,11 +1194,11 @@ def rnn(
     cell = _rnn_cell("rnn", nonlinearity)
     found = _direct_layer(
         cell, input, hx, None, weights, bidirectional, dropout, batch_first, backend,
-        reset is not None, norms is not None, zoneout, recurrent_dropout, eps != 1e-5, return_states,
+        _without_options(zoneout, recurrent_dropout, eps, return_states, reset, norms),
     )  # fmt: skip
     if found is not None:
         return found[:2]
-    o = _options("rnn", None, norms, zoneout, recurrent_dropout, eps, return_states)
+    o = _options("rnn", cell, None, norms, zoneout, recurrent_dropout, eps, return_states)
     dropout = _check_probability("rnn", "dropout", dropout)
     output, h_n, _, states = _sequence(
         "rnn", cell, input, hx, None, weights, batch_first, bidirectional, dropout, training, reset, o, backend
@@ -1197,14 +1223,14 @@ def _one_step(
     batched = input.dim() == 2
     x = input if batched else input.unsqueeze(0)
     H, P = _check_weights(op, cell, x, (w,), 1, o)
-    for name, t, size in (("h", h, P), ("c", c, H)):
+    for name, t, size in zip(_state_names(cell), (h, c), (P, H)):
         if t is not None:
             _check_tensor(op, name, t, input, (x.shape[0], size) if batched else (size,))
     dtype = _common_dtype(x, w[0])
-    config = Config(cell, 1, x.shape[0], False, *o.zoneout, o.eps, False, False, _choose(op, input, backend))
+    config = Config(cell, 1, x.shape[0], False, *o.zoneout, o.eps, False, False, choose(op, input, backend))
     if cell not in HAS_CELLS:
         config = config._replace(zoneout_c=0.0)
-    h, c = (None if t is None else _autocast(t, dtype).reshape(1, x.shape[0], -1) for t in (h, c))
+    h, c = (None if t is None else _autocast(t[None] if batched else t[None, None], dtype) for t in (h, c))
     weights = [[_autocast(t, dtype) for t in w]]
     y, _, c_n, _, _ = _layer(_autocast(x, dtype), weights, h, c, None, None, o, 0, training, config)
     c_n = None if c_n is None else c_n[0]
@@ -1245,11 +1271,11 @@ def lstm_cell(
     """
     op, cell = "lstm_cell", "coupled" if coupled else "lstm"
     h, c = _states(op, hx)
-    if w_hr is peephole is norm is None and zoneout == 0.0:
+    if _without_options(zoneout, 0.0, eps, False, w_hr, peephole, norm):
         found = _direct(cell, input, h, c, (w_ih, w_hh, b_ih, b_hh), True, False, backend)
         if found is not None:
             return found
-    o = _options(op, _one(peephole), _one(norm), zoneout, 0.0, eps, False)
+    o = _options(op, cell, _one(peephole), _one(norm), zoneout, 0.0, eps, False)
     return _one_step(op, cell, input, h, c, (w_ih, w_hh, b_ih, b_hh, w_hr), training, o, backend)
 
 
@@ -1274,11 +1300,11 @@ def gru_cell(
 
     Differs from torch.gru_cell: the options; a single sequence; hx may be None.
     """
-    if norm is None and zoneout == 0.0:
+    if _without_options(zoneout, 0.0, eps, False, norm):
         found = _direct("gru", input, hx, None, (w_ih, w_hh, b_ih, b_hh), True, False, backend)
         if found is not None:
             return found[0]
-    o = _options("gru_cell", None, _one(norm), zoneout, 0.0, eps, False)
+    o = _options("gru_cell", "gru", None, _one(norm), zoneout, 0.0, eps, False)
     return _one_step("gru_cell", "gru", input, hx, None, (w_ih, w_hh, b_ih, b_hh, None), training, o, backend)[0]
 
 
@@ -1305,11 +1331,11 @@ def rnn_cell(
     Differs from torch.rnn_tanh_cell and torch.rnn_relu_cell: the options; a single sequence; hx may be None.
     """
     cell = _rnn_cell("rnn_cell", nonlinearity)
-    if norm is None and zoneout == 0.0:
+    if _without_options(zoneout, 0.0, eps, False, norm):
         found = _direct(cell, input, hx, None, (w_ih, w_hh, b_ih, b_hh), True, False, backend)
         if found is not None:
             return found[0]
-    o = _options("rnn_cell", None, _one(norm), zoneout, 0.0, eps, False)
+    o = _options("rnn_cell", cell, None, _one(norm), zoneout, 0.0, eps, False)
     return _one_step("rnn_cell", cell, input, hx, None, (w_ih, w_hh, b_ih, b_hh, None), training, o, backend)[0]
 
 
@@ -1327,13 +1353,11 @@ _OPTIONS = ("layer_norm", "peephole", "coupled", "zoneout", "recurrent_dropout",
 
 
 def _check_module_options(op: str, has_cells: bool, options: dict[str, Any]) -> None:
-    zoneout = options.get("zoneout", 0.0)
-    checked = _options(op, None, None, zoneout, options.get("recurrent_dropout", 0.0), options.get("eps", 1e-5), False)
+    cell, zoneout = "lstm" if has_cells else "gru", options.get("zoneout", 0.0)
+    _options(op, cell, None, None, zoneout, options.get("recurrent_dropout", 0.0), options.get("eps", 1e-5), False)
     for name in ("peephole", "coupled"):
         if options.get(name) and not has_cells:
             _fail(op, name, "be False: only an LSTM has it", options[name])
-    if not has_cells and checked.zoneout[0] != checked.zoneout[1]:
-        _fail(op, "zoneout", "be one number: only an LSTM has a cell", zoneout)
 
 
 def _couple(module: nn.Module, H: int) -> None:
@@ -1396,6 +1420,9 @@ class _Sequence(nn.RNNBase):
     def reset_parameters(self) -> None:
         super().reset_parameters()
         _start_norms(self)
+
+    def flatten_parameters(self) -> None:
+        """Nothing: the kernels read each parameter where it lies, and cuDNN refuses those of coupled gates."""
 
     def _suffixes(self) -> list[str]:
         ends = ("", "_reverse") if self.bidirectional else ("",)

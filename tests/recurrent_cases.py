@@ -34,7 +34,9 @@ class Case:
     bias: bool = True
     keep: bool = False
     reset: bool = False
-    zoneout: float = 0.0
+    zoneout: float = 0.0  # of h, and of c unless it has its own
+    zoneout_c: float | None = None
+    eps: float = 1e-5
     training: bool = True
     peephole: bool = False
     norm: bool = False
@@ -48,15 +50,16 @@ class Case:
     @property
     def config(self) -> Config:
         has_cells = self.cell in HAS_CELLS
+        of_c = self.zoneout if self.zoneout_c is None else self.zoneout_c
         return Config(
-            self.cell, self.steps, self.batch, self.batch_first, self.zoneout, self.zoneout if has_cells else 0.0, 1e-5,
+            self.cell, self.steps, self.batch, self.batch_first, self.zoneout, of_c if has_cells else 0.0, self.eps,
             True, True, "cpu",
         )  # fmt: skip
 
 
 def valid(case: Case) -> bool:
     lstm = case.cell in HAS_CELLS
-    return (lstm or not (case.peephole or case.proj)) and not (case.packed and case.batch_first)
+    return (lstm or not (case.peephole or case.proj or case.zoneout_c)) and not (case.packed and case.batch_first)
 
 
 def inputs(case: Case) -> list[Tensor | None]:
@@ -97,7 +100,7 @@ def inputs(case: Case) -> list[Tensor | None]:
         ]  # fmt: skip
     keep = (torch.rand(D, B, P, generator=generator) > 0.3).to(case.dtype) / 0.75 if case.keep else None
     reset = torch.rand(N, generator=generator) < 0.2 if case.reset else None
-    seed = torch.tensor([3, 5]) if case.zoneout and case.training else None
+    seed = torch.tensor([3, 5]) if (case.zoneout or case.zoneout_c) and case.training else None
     return [
         *tensors, normal(D, B, P) if case.states else None, normal(D, B, H) if case.states and lstm else None, keep,
         reset, seed, offsets,

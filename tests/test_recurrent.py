@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
+import pickle
 import re
 
 import pytest
@@ -13,6 +15,7 @@ from oracle import Oracle
 from recurrent_cases import BF16, F16, F32, F64, Case, inputs, judge, on, results
 from torch.autograd import gradcheck, gradgradcheck
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence
+from torch.utils.checkpoint import checkpoint
 
 import pyops
 from pyops import recurrent
@@ -52,14 +55,15 @@ OPTIONS = [
     {"states": False, "bias": False},
     {"keep": True},
     {"reset": True},
-    {"zoneout": 0.3},
-    {"zoneout": 0.3, "training": False},
+    {"zoneout": 0.3, "zoneout_c": 0.0},
+    {"zoneout": 0.0, "zoneout_c": 0.3},
+    {"zoneout": 0.2, "zoneout_c": 0.4, "training": False},
     {"batch_first": True},
     {"peephole": True},
     {"norm": True},
     {"proj": True},
     {"keep": True, "reset": True, "zoneout": 0.3, "peephole": True},
-    {"keep": True, "reset": True, "zoneout": 0.2, "peephole": True, "norm": True, "proj": True},
+    {"keep": True, "reset": True, "zoneout": 0.2, "peephole": True, "norm": True, "proj": True, "eps": 0.1},
 ]
 SHAPES = [(5, 1, 7), (4, 3, 40), (6, 40, 33), (1, 2, 5), (3, 17, 64)]  # steps, batch, hidden
 
@@ -584,10 +588,90 @@ def test_autocast(backend: Target) -> None:
     assert module.weight_hh_l0.grad.dtype == torch.float32
 
 
+# ---- what users do with modules ----
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_checkpoint_and_saved_hooks(kind: str, packed: bool) -> None:
+    """Each backward unpacks what was saved once, also where a further order is wanted."""
+    module = getattr(pyops.nn, kind)(4, 5, dtype=F64)
+    x = torch.randn(3, 2, 4, dtype=F64, requires_grad=True)
+
+    def output(x: torch.Tensor) -> torch.Tensor:
+        return flat(module(pack_padded_sequence(x, torch.tensor([3, 2])) if packed else x))[0]
+
+    wanted = torch.autograd.grad(output(x).square().sum(), x)[0]
+    for create_graph in (False, True):
+        y = checkpoint(output, x, use_reentrant=False)
+        found = torch.autograd.grad(y.square().sum(), x, create_graph=create_graph)[0]
+        torch.testing.assert_close(found, wanted)
+    found.square().sum().backward()
+    unpacked = []
+
+    def unpack(t: torch.Tensor) -> torch.Tensor:
+        unpacked.append(t)
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.clone(), unpack):
+        y = output(x)
+    torch.testing.assert_close(torch.autograd.grad(y.square().sum(), x)[0], wanted)
+    assert unpacked
+
+
+def test_meta_and_default_device() -> None:
+    """Shapes without numbers; and packed sequences while another device is the default one."""
+    for kind in KINDS:
+        module = getattr(pyops.nn, kind)(4, 5, bidirectional=True, device="meta")
+        assert module(torch.empty(3, 2, 4, device="meta"))[0].shape == (3, 2, 10)
+        cell = getattr(pyops.nn, f"{kind}Cell")(4, 5, device="meta")
+        assert flat(cell(torch.empty(2, 4, device="meta")))[0].shape == (2, 5)
+    module, x = pyops.nn.LSTM(4, 5, bidirectional=True), pack_sequence([torch.randn(3, 4), torch.randn(2, 4)])
+    expected = module(x)[0].data
+    with torch.device("meta"):
+        output = module(x)[0].data
+        output.sum().backward()
+    assert torch.equal(output, expected)
+    assert module.weight_hh_l0.grad.isfinite().all()
+
+
+def test_modules_are_copied_saved_and_cast() -> None:
+    options = {"layer_norm": True, "peephole": True, "coupled": True, "zoneout": 0.1}
+    x = torch.randn(3, 2, 4)
+    for module in (pyops.nn.LSTM(4, 5, **options).eval(), pyops.nn.LSTMCell(4, 5, **options).eval()):
+        given = x if isinstance(module, pyops.nn.LSTM) else x[0]
+        expected = flat(module(given))[0]
+        for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+            assert torch.equal(flat(other(given))[0], expected)
+        torch.testing.assert_close(flat(copy.deepcopy(module).double()(given.double()))[0].float(), expected)
+        assert flat(module.to(BF16)(given.to(BF16)))[0].dtype == BF16
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_empty_cells(backend: Target, kind: str) -> None:
+    cell, h = getattr(pyops.nn, f"{kind}Cell")(4, 5, backend=backend.name), torch.empty(0, 5, requires_grad=True)
+    found = flat(cell(torch.empty(0, 4), (h, h) if kind == "LSTM" else h))
+    assert [t.shape for t in found] == [(0, 5)] * len(found)
+    found[0].sum().backward()
+
+
+def test_no_features() -> None:
+    for x in (torch.empty(3, 2, 0), torch.empty(3, 0)):
+        output, _ = pyops.rnn(x, None, [(torch.empty(5, 0), torch.zeros(5, 5), torch.ones(5), None, None)])
+        torch.testing.assert_close(output, torch.ones(*x.shape[:-1], 5).tanh())
+
+
 # ---- errors ----
 
 W = [(torch.zeros(20, 4), torch.zeros(20, 5), None, None, None)]
+G = [(torch.zeros(15, 4), torch.zeros(15, 5), None, None, None)]
 X = torch.zeros(3, 2, 4)
+
+
+def pack(*lengths: int, flags: bool = False) -> PackedSequence:
+    return pack_sequence([torch.zeros(n, dtype=torch.bool) if flags else torch.zeros(n, 4) for n in lengths])
+
+
 BAD = [
     (lambda: pyops.lstm("x", None, W), "lstm: input must be a torch.Tensor, got str"),
     (lambda: pyops.lstm(X[None], None, W), "lstm: input must have 2 dimensions (a sequence) or 3"),
@@ -598,22 +682,29 @@ BAD = [
     (lambda: pyops.lstm(X, None, W, bidirectional=True), "lstm: weights must hold 2 sequences of tensors for each"),
     (lambda: pyops.lstm(X, None, [W[0][:2]]), "lstm: weights[0] must be (w_ih, w_hh, b_ih, b_hh, w_hr)"),
     (lambda: pyops.lstm(X, torch.zeros(1, 2, 5), W), "lstm: hx must be a pair (h0, c0), got Tensor"),
-    (lambda: pyops.lstm(X, (torch.zeros(1, 3, 5), None), W), "lstm: h0 must have shape (1, 2, 5), got (1, 3, 5)"),
-    (lambda: pyops.lstm(X, (None, torch.zeros(1, 2, 4)), W), "lstm: c0 must have shape (1, 2, 5), got (1, 2, 4)"),
+    (lambda: pyops.lstm(X, (torch.zeros(1, 3, 5), None), W), "lstm: hx[0] must have shape (1, 2, 5), got"),
+    (lambda: pyops.lstm(X, (None, torch.zeros(1, 2, 4)), W), "lstm: hx[1] must have shape (1, 2, 5), got"),
     (lambda: pyops.lstm(X, None, W, dropout=1.5), "lstm: dropout must lie in [0, 1], got 1.5"),
     (lambda: pyops.lstm(X, None, W, zoneout=-0.1), "lstm: zoneout must lie in [0, 1], got -0.1"),
     (lambda: pyops.lstm(X, None, W, recurrent_dropout="a"), "lstm: recurrent_dropout must be a number, got str"),
     (lambda: pyops.lstm(X, None, W, reset=torch.zeros(3, 2)), "lstm: reset must be bool, got torch.float32"),
     (lambda: pyops.lstm(X, None, W, reset=torch.zeros(3, dtype=torch.bool)), "lstm: reset must have shape (3, 2)"),
     (lambda: pyops.lstm(X, None, W, peepholes=[torch.zeros(2, 5)]), "lstm: peepholes[0] must have shape (3, 5), got"),
-    (lambda: pyops.lstm(X, None, W, norms=[None]), "lstm: norms[0] must be the weights of the norms of input, gates"),
+    (lambda: pyops.lstm(X, None, W, norms=[None]), "lstm: norms[0] must hold the weights of the norms of"),
     (lambda: pyops.lstm(X, None, [(*W[0][:4], torch.zeros(5, 5))]), "proj_size < hidden_size, got (5, 5)"),
     (lambda: pyops.lstm(X, None, W, backend="fast"), "lstm: backend must be one of eager, cpu, cuda, triton"),
     (lambda: pyops.lstm(X, None, W, backend="cuda"), "lstm: backend must be able to serve input, got 'cuda'"),
+    (lambda: pyops.lstm(X, None, W, norms=[W[0][:2]]), "input, gates and cell, got 2"),
+    (lambda: pyops.lstm(X, None, W, zoneout=None), "lstm: zoneout must be a number, got NoneType"),
+    (lambda: pyops.lstm_cell(X[0], None, *W[0][:2], eps=-1), "lstm_cell: eps must be a finite number, not negative"),
+    (lambda: pyops.lstm_cell(X[0], None, X[0], W[0][1]), "lstm_cell: w_ih must have shape (20, 4), got (2, 4)"),
+    (lambda: pyops.gru(X, (X,), G), "gru: hx must be a torch.Tensor, got tuple"),
+    (lambda: pyops.gru(X, None, G, zoneout=(0.1, 0.2)), "gru: zoneout must be one number: only an LSTM has a cell"),
+    (lambda: pyops.gru(pack(3, 1), None, G, reset=pack(2, 2, flags=True)), "gru: reset must have the lengths and"),
     (lambda: pyops.gru(X, None, W), "gru: weights[0][1] must be w_hh, (3 hidden_size, hidden_size), got (20, 5)"),
     (lambda: pyops.rnn(X, None, W, nonlinearity="elu"), 'rnn: nonlinearity must be "tanh" or "relu", got \'elu\''),
     (lambda: pyops.lstm_cell(X, None, *W[0][:2]), "lstm_cell: input must have 1 dimension (features) or 2"),
-    (lambda: pyops.gru_cell(X[0], torch.zeros(3, 5), torch.zeros(15, 4), torch.zeros(15, 5)), "gru_cell: h must have"),
+    (lambda: pyops.gru_cell(X[0], torch.zeros(3, 5), torch.zeros(15, 4), torch.zeros(15, 5)), "gru_cell: hx must have"),
     (lambda: pyops.nn.LSTM(4, 5, dropout=2.0), "LSTM: dropout must lie in [0, 1], got 2.0"),
     (lambda: pyops.nn.GRU(4, 5, proj_size=2), "GRU: proj_size must not be given: only an LSTM has a projection"),
     (lambda: pyops.nn.GRU(4, 5, peephole=True), "GRU: peephole must be False: only an LSTM has it, got True"),

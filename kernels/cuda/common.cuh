@@ -1,8 +1,7 @@
 // The vocabulary of the CUDA kernels: conversions, vector memory accesses, barriers, warp exchange, words exchanged by
 // blocks, shared memory, Philox and the launch. Kernels reach the hardware only through these wrappers (no asm, no raw
-// __syncthreads or
-// __shfl_*, no __shared__, no cooperative groups, no cub), because the same sources are also compiled by g++ with
-// PYOPS_SIMT, where simt.h provides the device and checks every access, barrier and exchange.
+// __syncthreads or __shfl_*, no __shared__, no cooperative groups, no cub), because the same sources are also compiled
+// by g++ with PYOPS_SIMT, where simt.h provides the device and checks every access, barrier and exchange.
 //
 // `CallSite` is where a wrapper was called from. It is empty on the device; the host executor uses it in its reports
 // and to switch one barrier or exchange off.
