@@ -655,6 +655,18 @@ def test_empty_cells(backend: Target, kind: str) -> None:
     found[0].sum().backward()
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_lies_behind_a_row_is_not_read(kind: str) -> None:
+    """A single sequence of units that fill no vector, with norms, beside freed memory full of NaN."""
+    for _ in range(10):
+        module = getattr(pyops.nn, kind)(3, 300, layer_norm=True, dtype=F64)
+        y = module(torch.randn(5, 1, 3, dtype=F64))[0].sum()
+        soiled = [torch.full((n,), float("nan"), dtype=F64) for n in range(8, 1200, 8) for _ in range(6)]
+        del soiled
+        y.backward()
+        assert all(p.grad.isfinite().all() for p in module.parameters())
+
+
 def test_no_features() -> None:
     for x in (torch.empty(3, 2, 0), torch.empty(3, 0)):
         output, _ = pyops.rnn(x, None, [(torch.empty(5, 0), torch.zeros(5, 5), torch.ones(5), None, None)])

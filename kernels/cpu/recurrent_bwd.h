@@ -525,7 +525,7 @@ class BackwardTeam {
       for (int g = 0; g < G; ++g) {
         for_each_vector<T>(H, j * U, [&](int c, auto lanes) PYOPS_ALWAYS_INLINE {
           const int64_t u = j * U + c;
-          const Vec<A> d = load(d_of(j, r) + g * U + c, Full{}) * load(w_.ln_gates + g * H + u, lanes);
+          const Vec<A> d = load(d_of(j, r) + g * U + c, lanes) * load(w_.ln_gates + g * H + u, lanes);
           sum += d;
           sum_xhat += d * inside<A>((load(x + g * H + u, lanes) - norm.mean) * norm.rstd, lanes);
         });
