@@ -353,12 +353,14 @@ def _product_gradient(dp: Tensor, y: Tensor, h0: Tensor | None, keep, reset, d: 
     return dw
 
 
-def _projection_gradient(dm: Tensor, gates: Tensor, cells: Tensor, w: Direction, c: Config, last_c: Tensor) -> Tensor:
+def _projection_gradient(
+    dm: Tensor, gates: Tensor, cells: Tensor, w: Direction, c: Config, last_c: Tensor | None
+) -> Tensor:
     """dW_hr = sum over the rows of dm m^T, with m computed again."""
     H = cells.shape[-1]
     acc = cells.dtype
     now = cells
-    if c.zoneout_c > 0:
+    if last_c is not None:
         i, g = gates[:, :H].to(acc), gates[:, -2 * H : -H].to(acc)
         f = 1 - i if c.cell == "coupled" else gates[:, H : 2 * H].to(acc)
         now = f * last_c + i * g
@@ -452,7 +454,7 @@ def backward_leaf(
                 grads[at + 3] = found.flatten().to(w.b_hh.dtype, copy=True)  # its own memory, beside that of b_ih
             if needs[at + 4]:
                 last_c = None
-                if c.zoneout_c > 0:
+                if c.zoneout_c > 0 and N > 0:
                     start = cells.new_zeros(c.batch, H) if c0 is None else c0[d].to(acc)
                     last_c = _last_h(cells[d], start, d, c, offsets)
                     last_c = last_c if reset is None else last_c.masked_fill(reset[:, None], 0.0)

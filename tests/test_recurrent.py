@@ -667,6 +667,13 @@ def test_what_lies_behind_a_row_is_not_read(kind: str) -> None:
         assert all(p.grad.isfinite().all() for p in module.parameters())
 
 
+def test_no_steps_with_projection_and_zoneout(kernels: Target) -> None:
+    module = pyops.nn.LSTM(3, 4, proj_size=2, zoneout=0.2, backend=kernels.name)
+    _, (h, _) = module(torch.randn(0, 2, 3))
+    h.sum().backward()
+    assert not module.weight_hr_l0.grad.any()
+
+
 def test_no_features() -> None:
     for x in (torch.empty(3, 2, 0), torch.empty(3, 0)):
         output, _ = pyops.rnn(x, None, [(torch.empty(5, 0), torch.zeros(5, 5), torch.ones(5), None, None)])
