@@ -15,6 +15,7 @@
 #endif
 #endif
 
+#include <algorithm>
 #include <memory>
 #include <string>
 #include <utility>
@@ -166,6 +167,10 @@ void run_cpu(const RecurrentFwdParams<T>& params) {
 template <typename T>
 void run_cpu(const RecurrentBwdParams<T>& params) {
   PYOPS_CPU_DISPATCH(recurrent_bwd_cpu, params);
+}
+template <typename T>
+void run_cpu(const RecurrentGradients<T>& params) {
+  PYOPS_CPU_DISPATCH(recurrent_gradients_cpu, params);
 }
 
 // Products. A small call finishes sooner than the interpreter lock changes hands.
@@ -344,7 +349,9 @@ int64_t recurrent_bwd_workspace(const TensorView& gx, const TensorView& w_hh, co
 // ---- the common call: one layer without options on plain, dense CPU tensors. Checked, allocated and run in one step.
 
 // Products of x and W_ih from which on torch's matrix product is faster than ours of a few rows.
-constexpr int64_t kFewProducts = 1 << 22;
+constexpr int64_t kFewProducts = 1 << 26;
+// Both weights within a core's second cache, with room for the rest.
+constexpr int64_t kNearBytes = 3 << 19;
 
 // (rows, columns) with dense rows.
 bool is_matrix(const TensorView& v, const TensorView& like, int64_t rows, int64_t columns) {
@@ -360,10 +367,11 @@ bool is_vector(const TensorView& v, const TensorView& like, int64_t size) {
 // What a call is, where it is a common one; x is (B, F) of a cell, else (T, B, F) or (B, T, F).
 struct LayerCall {
   LayerCall(const Cell& cell, bool is_cell, bool batch_first)
-      : cell(cell), is_cell(is_cell), batch_first(batch_first) {}
+      : cell(cell), is_cell(is_cell), batch_first(batch_first), threads(get_num_threads()) {}
 
   Cell cell;
   bool is_cell, batch_first;
+  int threads;
   TensorView x, h0, c0, w_ih, w_hh, b_ih, b_hh;
   int64_t steps = 1, batch = 0, F = 0, H = 0;
 
@@ -384,7 +392,12 @@ struct LayerCall {
     return steps > 0 && batch > 0 && F > 0 && H > 0 && is_matrix(w_ih, x, columns, F) &&
            is_matrix(w_hh, x, columns, H) && is_vector(b_ih, x, columns) && is_vector(b_hh, x, columns) &&
            is_state(h0) && (cell.has_cells ? is_state(c0) : !c0) &&
-           (is_cell || steps * batch * columns * F < kFewProducts);
+           (is_cell || steps * batch * columns * F < kFewProducts || is_folded());
+  }
+  // Whether no gx is formed: both weights of a thread stay in its core's second cache.
+  bool is_folded() const {
+    const int64_t shared = batch < 8 * threads ? threads : 1;
+    return steps > 1 && batch > 1 && (F + H) * cell.gates * H * (x.t.dtype.bits == 64 ? 8 : 4) / shared <= kNearBytes;
   }
 };
 
@@ -458,7 +471,6 @@ py::object recurrent_forward(const std::string& cell, py::handle x, py::handle h
   py::object c_n = call.cell.has_cells ? state(call.c0, c0) : py::none();
   if (grad) gates = empty({1, rows, call.cell.saved * H}, dtype);
   if (grad && call.cell.has_cells) cells = empty({1, rows, H}, acc_dtype(call.x));
-  const int num_threads = get_num_threads();
   dispatch_dtypes(kFwd, call.x, {}, [&](auto t, auto) {
     using T = typename decltype(t)::type;
     RecurrentFwdParams<T> p{};
@@ -467,7 +479,8 @@ py::object recurrent_forward(const std::string& cell, py::handle x, py::handle h
     d.cells = view(cells).data<acc_t<T>>();
     // The gates take the place of what they are made of, where there is as much of both.
     const bool in_gates = grad && call.cell.saved == call.cell.gates;
-    const std::unique_ptr<T[]> own(in_gates ? nullptr : new T[rows * columns]);
+    const bool needs_own = !in_gates && !call.is_folded();
+    const std::unique_ptr<T[]> own(needs_own ? new T[rows * columns] : nullptr);
     const RecurrentInput<T> input{
         .x = call.x.data<T>(),
         .w_ih = call.w_ih.data<T>(),
@@ -475,7 +488,9 @@ py::object recurrent_forward(const std::string& cell, py::handle x, py::handle h
         .w_ih_row = call.w_ih.stride(0),
         .b_ih = call.b_ih.data<T>(),
         .b_hh = call.b_hh.data<T>(),
-        .gx = in_gates ? d.gates : own.get(),
+        .gx = call.is_folded() ? nullptr
+              : in_gates       ? d.gates
+                               : own.get(),
         .rows = rows,
         .columns = columns,
         .F = call.F,
@@ -493,7 +508,7 @@ py::object recurrent_forward(const std::string& cell, py::handle x, py::handle h
     p.step_rows = batch_first ? 1 : B;
     p.batch_rows = batch_first ? call.steps : 1;
     p.y_row = H;
-    p.num_threads = num_threads;
+    p.num_threads = call.threads;
     p.h_n = view(h_n).data<T>();
     p.c_n = view(c_n).data<T>();
     if (rows * (call.F + H) * columns < kReleaseGilFrom) return run_cpu(p);
@@ -507,18 +522,26 @@ py::object recurrent_forward(const std::string& cell, py::handle x, py::handle h
   return py::make_tuple(std::move(y), std::move(h_n), std::move(c_n));
 }
 
-// (dgx, dp, dbias, dh0, dc0) of such a call, dp being None where it is dgx, and dbias where it is not wanted; or None
-// when a further order is wanted, something is watching, or a tensor is not plain. saved: x, w_hh, b_hh, h0, c0, y,
-// gates, cells; grads: of y, h_n and c_n.
+// Up to this many products of a gradient, of weights of this size, ours are as fast as torch's matrix products or
+// faster.
+constexpr int64_t kFewGradients = 1 << 26, kFewWeights = 1 << 19;
+
+// Of such a call (dx, dw_ih, dw_hh, db_ih, db_hh, dh0, dc0), the last four in the accumulation type, each None where it
+// is not wanted; or (dgx, dp, dbias, dh0, dc0), dp being None where it is dgx, and dbias where it is not wanted, which
+// leaves the products to the caller; or None when a further order is wanted, something is watching, or a tensor is not
+// plain. saved: x, w_ih, w_hh, b_hh, h0, c0, y, gates, cells; grads: of y, h_n and c_n; wanted: a bool of each of the
+// seven.
 py::object recurrent_backward(const std::string& cell, const py::tuple& saved, const py::tuple& grads, int64_t steps,
-                              int64_t batch, bool batch_first, bool needs_bias) {
+                              int64_t batch, bool batch_first, const py::tuple& wanted) {
   if (ask(torch_objects.is_grad_enabled) || !is_quiet()) return py::none();
   const Cell kind = cell_named(cell, kBwd);
-  TensorView views[8], incoming[3];
-  for (int i = 0; i < 8; ++i) {
+  bool needs[7];
+  for (int i = 0; i < 7; ++i) needs[i] = wanted[i].ptr() == Py_True;
+  TensorView views[9], incoming[3];
+  for (int i = 0; i < 9; ++i) {
     if (!view_again(saved[i].ptr(), views[i])) return py::none();
   }
-  const auto& [x, w_hh, b_hh, h0, c0, y, gates, cells] = views;
+  const auto& [x, w_ih, w_hh, b_hh, h0, c0, y, gates, cells] = views;
   py::object held[3] = {py::none(), py::none(), py::none()};
   for (size_t i = 0; i < grads.size(); ++i) {
     held[i] = grads[i];
@@ -528,24 +551,77 @@ py::object recurrent_backward(const std::string& cell, const py::tuple& saved, c
     incoming[i] = view(held[i]);
   }
   if (!x || !w_hh || !y || !gates || w_hh.t.ndim != 2 || x.t.ndim != 2) return py::none();
-  const int64_t H = w_hh.size(1), rows = x.size(0), columns = kind.gates * H;
+  const int64_t H = w_hh.size(1), rows = x.size(0), F = x.size(1), columns = kind.gates * H;
   if (!is_vector(b_hh, w_hh, columns)) return py::none();  // a hook may have put anything in its place
+  const bool gru = kind.kind == RecurrentCell::gru;
   PyObject* const acc = acc_dtype(x);
-  const py::object dtype = saved[0].attr("dtype");
-  py::object dgx = empty({rows, columns}, dtype.ptr());
-  py::object dp = kind.kind == RecurrentCell::gru ? empty({rows, columns}, dtype.ptr()) : py::none();
-  py::object dbias = needs_bias ? empty({kind.saved, H}, acc) : py::none();
+  const py::object held_dtype = saved[0].attr("dtype");
+  PyObject* const dtype = held_dtype.ptr();
+  py::object dgx = empty({rows, columns}, dtype), dp = gru ? empty({rows, columns}, dtype) : py::none();
+  py::object dbias = needs[3] || needs[4] ? empty({kind.saved, H}, acc) : py::none();
   const auto state = [&](const TensorView& v) {
     return v && v.t.ndim == 2 ? empty({batch, H}, acc) : empty({1, batch, H}, acc);
   };
   py::object dh0 = state(h0), dc0 = kind.has_cells ? state(c0) : py::none();
   const TensorView none;
-  const LastBias b_n(kind.kind == RecurrentCell::gru ? b_hh : none, H);
+  const LastBias b_n(gru ? b_hh : none, H);
+  const int num_threads = get_num_threads();
   recurrent_bwd(incoming[0], incoming[1], incoming[2], none, Matrix(gates, rows, columns, kind.saved * H), w_hh, b_n,
                 none, none, none, none, none, none, none, none, none, none, none, h0, c0, none, none, none, none, y,
                 gates, cells, none, view(dgx), view(dp), none, view(dbias), none, none, none, view(dh0), view(dc0),
-                none, cell, steps, batch, batch_first, 0.0, 0.0, 0.0, get_num_threads());
-  return py::make_tuple(std::move(dgx), std::move(dp), std::move(dbias), std::move(dh0), std::move(dc0));
+                none, cell, steps, batch, batch_first, 0.0, 0.0, 0.0, num_threads);
+
+  const bool in_order = steps == 1 || batch == 1 || !batch_first;
+  const auto is_rows = [&](const TensorView& v, int64_t n) {
+    return same_dtype(v, x) && v.is_contiguous() && v.numel() == n * H;
+  };
+  if (!in_order || rows * columns * F > kFewGradients || columns * F > kFewWeights || !is_matrix(w_ih, x, columns, F) ||
+      !is_matrix(x, x, rows, F) || (h0 && !is_rows(h0, batch)) || (steps > 1 && !is_rows(y, rows))) {
+    return py::make_tuple(std::move(dgx), std::move(dp), std::move(dbias), std::move(dh0), std::move(dc0));
+  }
+  py::object dx = needs[0] ? empty({rows, F}, dtype) : py::none();
+  py::object dw_ih = needs[1] ? empty({columns, F}, dtype) : py::none();
+  py::object dw_hh = needs[2] ? empty({columns, H}, dtype) : py::none();
+  py::object db_ih = needs[3] ? empty({columns}, acc) : py::none();
+  py::object db_hh = needs[4] ? empty({columns}, acc) : py::none();
+  dispatch_dtypes(kBwd, x, {}, [&](auto t, auto) {
+    using T = typename decltype(t)::type;
+    using A = acc_t<T>;
+    const A* const sums = view(dbias).data<A>();
+    if (needs[3]) std::copy_n(sums, columns, view(db_ih).data<A>());
+    if (needs[4]) {
+      A* const to = view(db_hh).data<A>();
+      std::copy_n(sums, columns, to);
+      if (gru) std::copy_n(sums + 3 * H, H, to + 2 * H);
+    }
+    const T* const of_gx = view(dgx).data<T>();
+    const RecurrentGradients<T> p{
+        .dgx = of_gx,
+        .dp = gru ? view(dp).data<T>() : of_gx,
+        .x = x.data<T>(),
+        .w_ih = w_ih.data<T>(),
+        .x_row = x.stride(0),
+        .w_ih_row = w_ih.stride(0),
+        .y = y.data<T>(),
+        .h0 = h0.data<T>(),
+        .rows = rows,
+        .columns = columns,
+        .F = F,
+        .B = batch,
+        .P = H,
+        .dx = view(dx).data<T>(),
+        .dw_ih = view(dw_ih).data<T>(),
+        .dw_hh = view(dw_hh).data<T>(),
+        .num_threads = num_threads,
+    };
+    if (rows * (F + H) * columns < kReleaseGilFrom) return run_cpu(p);
+    py::gil_scoped_release release;
+    run_cpu(p);
+  });
+  if (!needs[5]) dh0 = py::none();
+  if (!needs[6]) dc0 = py::none();
+  return py::make_tuple(std::move(dx), std::move(dw_ih), std::move(dw_hh), std::move(db_ih), std::move(db_hh),
+                        std::move(dh0), std::move(dc0));
 }
 #endif
 

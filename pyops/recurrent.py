@@ -353,6 +353,16 @@ def _product_gradient(dp: Tensor, y: Tensor, h0: Tensor | None, keep, reset, d: 
     return dw
 
 
+def _bias_gradients(
+    sums: Tensor, cell: str, dtype: torch.dtype, of_ih: bool, of_hh: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Those of b_ih and b_hh, each with memory of its own, from the sums [S, H] over the rows."""
+    db_ih = sums[: GATES[cell]].flatten().to(dtype) if of_ih else None
+    if not of_hh:
+        return db_ih, None
+    return db_ih, (sums[[0, 1, 3]] if cell == "gru" else sums).flatten().to(dtype, copy=True)
+
+
 def _projection_gradient(
     dm: Tensor, gates: Tensor, cells: Tensor, w: Direction, c: Config, last_c: Tensor | None
 ) -> Tensor:
@@ -376,7 +386,7 @@ def backward_leaf(
     dc_n: Tensor | None,
     dcells: Tensor | None,
     tensors: Sequence[Tensor | None],
-    y: Tensor,
+    y: Tensor | None,
     gates: Tensor,
     cells: Tensor | None,
     c: Config,
@@ -384,6 +394,8 @@ def backward_leaf(
 ) -> tuple[Tensor | None, ...]:
     """A gradient for each tensor on the kernels of ``c.backend``; None where ``needs`` says so."""
     D, N, H, P = _shape(tensors, c)
+    if y is None:  # of a single step: it has a shape, but is not read
+        y = gates.new_empty(N, D * P)
     x, directions, G, S = tensors[0], _directions(tensors), GATES[c.cell], SAVED[c.cell]
     h0, c0, keep, reset, _, offsets = tensors[_STATES:]
     has_cells, acc = c.cell in HAS_CELLS, _acc(x.dtype)
@@ -445,13 +457,11 @@ def backward_leaf(
                     (dgx if dp is None else dp)[d], y[:, d * P : (d + 1) * P], of_direction(h0, d),
                     of_direction(keep, d), reset, d, c, offsets,
                 )  # fmt: skip
-            if needs[at + 2]:
-                grads[at + 2] = dbias[d, :G].flatten().to(w.b_ih.dtype)
-            if needs[at + 3]:
-                found = dbias[d, [0, 1, 3]] if c.cell == "gru" else dbias[d]
-                if w.w_ih is None:  # x holds all of it but b_n
-                    found = found * found.new_tensor([0.0, 0.0, 1.0] if c.cell == "gru" else [0.0])[:, None]
-                grads[at + 3] = found.flatten().to(w.b_hh.dtype, copy=True)  # its own memory, beside that of b_ih
+            if needs[at + 2] or needs[at + 3]:
+                sums = dbias[d]
+                if w.w_ih is None:  # x holds all of b_hh but b_n
+                    sums = sums * (torch.arange(S, device=x.device) == 3)[:, None] if c.cell == "gru" else sums * 0.0
+                grads[at + 2 : at + 4] = _bias_gradients(sums, c.cell, x.dtype, needs[at + 2], needs[at + 3])
             if needs[at + 4]:
                 last_c = None
                 if c.zoneout_c > 0 and N > 0:
@@ -491,7 +501,7 @@ _library.define(
     f"recurrent_fwd({_INPUTS}, {_CONFIG}) -> (Tensor y, Tensor h_n, Tensor c_n, Tensor gates, Tensor cells)"
 )
 _library.define(
-    f"recurrent_bwd(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor? dcells, {_INPUTS}, Tensor y, Tensor gates, "
+    f"recurrent_bwd(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor? dcells, {_INPUTS}, Tensor? y, Tensor gates, "
     f"Tensor? cells, {_CONFIG}, bool[] needs) -> Tensor[]"
 )
 
@@ -558,7 +568,8 @@ def _with_direction(t: Tensor | None) -> Tensor | None:
 
 class RecurrentRule(autograd.Rule):
     """Tensors: those of :func:`definition`, but the states of a direct call of a cell have no directions. Saved: the
-    same, then y, gates and cells."""
+    same, then y, gates and cells. Backward reads y of the steps before alone: of a single step it is not saved, so that
+    the h that a cell returned may be changed in place."""
 
     name = "Recurrent"
     config = Config
@@ -588,8 +599,8 @@ class RecurrentRule(autograd.Rule):
         return (results[3],) if config.return_states else ()
 
     @staticmethod
-    def saved(tensors, results, config):  # noqa: ARG004
-        return *tensors, results[0], results[3], results[4]
+    def saved(tensors, results, config):
+        return *tensors, results[0] if config.steps > 1 else None, results[3], results[4]
 
     @staticmethod
     def backward(direct, grads, saved, c, needs):
@@ -611,11 +622,18 @@ class RecurrentRule(autograd.Rule):
         cell, steps, batch, batch_first = ctx.config[:4]
         x, w_ih, w_hh, _, b_hh = saved[:5]
         h0, c0, y, gates, cells = (saved[i] for i in _AT_STATES)
+        if y is None:  # anything of its shape
+            y = h0 if h0 is not None and h0.dim() == 2 else gates[0, :, : w_hh.shape[1]]
+        wanted = (*needs[1:6], needs[_STATES + 1], needs[_STATES + 2])
         found = cpu_kernels("cpu").recurrent_backward(
-            cell, (x, w_hh, b_hh, h0, c0, y, gates, cells), grads, steps, batch, batch_first, needs[4] or needs[5]
+            cell, (x, w_ih, w_hh, b_hh, h0, c0, y, gates, cells), grads, steps, batch, batch_first, wanted
         )
         if found is None:
             return None
+        if len(found) == len(wanted):
+            if x.dtype.itemsize == 2:
+                found = [None if t is None else t.to(x.dtype) for t in found]
+            return None, *found[:5], *_NO_OPTIONS, *found[5:]
         dgx, dp, dbias, dh0, dc0 = found
         dx = dw_ih = dw_hh = db_ih = db_hh = None
         with without_autocast(x.device):
@@ -630,11 +648,8 @@ class RecurrentRule(autograd.Rule):
                     dw_hh = _product_gradient(dp, y, first, None, None, 0, Config(*ctx.config), None)
                 else:
                     dw_hh = torch.zeros_like(w_hh) if first is None else _sum_over_rows(dp, first)
-        if needs[4]:
-            db_ih = dbias[: GATES[cell]].flatten().to(x.dtype)
-        if needs[5]:
-            of_hh = dbias[[0, 1, 3]] if cell == "gru" else dbias
-            db_hh = of_hh.flatten().to(x.dtype, copy=True)
+        if dbias is not None:
+            db_ih, db_hh = _bias_gradients(dbias, cell, x.dtype, needs[4], needs[5])
         dh0 = dh0.to(x.dtype) if needs[_STATES + 1] else None
         dc0 = dc0.to(x.dtype) if needs[_STATES + 2] else None
         return None, dx, dw_ih, dw_hh, db_ih, db_hh, *_NO_OPTIONS, dh0, dc0
@@ -706,7 +721,8 @@ def _direct(
     config = (cell, steps, batch, batch_first, 0.0, 0.0, 0.0, True, False, "cpu")
     tensors = (x, *w, *_NO_OPTIONS, h, c)
     outputs = (y, h_n) if c_n is None else (y, h_n, c_n)
-    y, h_n, *c_n = _apply_direct((outputs, (*tensors, None, None, None, None, y, gates, cells), config), *tensors)
+    saved = (*tensors, None, None, None, None, y if steps > 1 else None, gates, cells)
+    y, h_n, *c_n = _apply_direct((outputs, saved, config), *tensors)
     c_n = c_n[0] if c_n else None
     return (y, c_n) if is_cell else (y.view(*input.shape[:2], -1), h_n, c_n)
 
@@ -766,8 +782,10 @@ def _check_probability(op: str, name: str, p: object) -> float:
     return float(p)
 
 
-def _check_tensor(op: str, name: str, t: object, like: Tensor | None, shape: tuple[int, ...] | None = None) -> None:
-    """``like`` gives the device and, outside of autocast, the dtype."""
+def _check_tensor(
+    op: str, name: str, t: object, like: Tensor | None, shape: tuple[int, ...] | None = None, of: str = "input"
+) -> None:
+    """``like``, which messages call ``of``, gives the device and the dtype (under autocast: whether it is float64)."""
     if not isinstance(t, Tensor):
         _fail(op, name, "be a torch.Tensor", type(t).__name__, TypeError)
     if t.layout != torch.strided or t.is_nested:
@@ -776,9 +794,9 @@ def _check_tensor(op: str, name: str, t: object, like: Tensor | None, shape: tup
         _fail(op, name, "have dtype float64, float32, bfloat16 or float16", t.dtype, TypeError)
     if like is not None:
         if t.device != like.device:
-            _fail(op, name, f"be on the device of input, {like.device}", t.device)
-        if t.dtype != like.dtype and not is_autocast(like.device.type):
-            _fail(op, name, f"have the dtype of input, {like.dtype}", t.dtype, TypeError)
+            _fail(op, name, f"be on the device of {of}, {like.device}", t.device)
+        if t.dtype != like.dtype and (not is_autocast(like.device.type) or torch.float64 in (t.dtype, like.dtype)):
+            _fail(op, name, f"have the dtype of {of}, {like.dtype}", t.dtype, TypeError)
     if shape is not None and tuple(t.shape) != shape:
         _fail(op, name, f"have shape {shape}", tuple(t.shape))
 
@@ -795,35 +813,43 @@ def _check_weights(op: str, cell: str, x: Tensor, weights: object, D: int, o: Op
 
     if not isinstance(weights, (tuple, list)) or not weights or len(weights) % D:
         got = len(weights) if isinstance(weights, (tuple, list)) else type(weights).__name__
-        _fail(op, "weights", f"hold {D} sequence{'s' * (D > 1)} of tensors for each layer", got)
+        _fail(op, "weights", "hold an entry for each layer" + " and direction, an even number" * (D > 1), got)
     G, projects = GATES[cell], cell in HAS_CELLS
-    first = weights[0]
+    first, like = weights[0], {"of": named(0, 1)}
     for i, each in enumerate(weights):
         if not isinstance(each, (tuple, list)) or len(each) != 5:
             got = len(each) if isinstance(each, (tuple, list)) else type(each).__name__
             _fail(op, f"weights[{i}]", "be (w_ih, w_hh, b_ih, b_hh, w_hr), the last three possibly None", got)
-    _check_tensor(op, named(0, 1), first[1], x)
-    if first[1].dim() != 2 or first[1].shape[0] % G or first[1].shape[0] == 0:
-        _fail(op, named(0, 1), f"be w_hh, ({G} hidden_size, hidden_size)", tuple(first[1].shape))
-    H = first[1].shape[0] // G
+    w_ih, w_hh = first[:2]
+    _check_tensor(op, named(0, 1), w_hh, None)
+    if w_hh.dim() != 2 or w_hh.shape[0] % G or w_hh.shape[0] == 0:
+        _fail(op, named(0, 1), f"have shape ({G} * hidden_size, hidden_size)", tuple(w_hh.shape))
+    H = w_hh.shape[0] // G
+    _check_tensor(op, named(0, 0), w_ih, w_hh, **like)
+    if w_ih.dim() != 2 or w_ih.shape[0] != G * H:
+        _fail(op, named(0, 0), f"have shape ({G * H}, input_size)", tuple(w_ih.shape))
     P = H
     if first[4] is not None:
         if not projects:
             _fail(op, named(0, 4), "be None: only an LSTM has a projection", "a tensor")
-        _check_tensor(op, named(0, 4), first[4], x)
+        _check_tensor(op, named(0, 4), first[4], w_hh, **like)
         if first[4].dim() != 2 or not 0 < first[4].shape[0] < H:
-            _fail(op, named(0, 4), "be w_hr, (proj_size, hidden_size) with proj_size < hidden_size",
+            _fail(op, named(0, 4), "have shape (proj_size, hidden_size) with proj_size < hidden_size",
                   tuple(first[4].shape))  # fmt: skip
         P = first[4].shape[0]
     for i, each in enumerate(weights):
-        features = x.shape[-1] if i < D else D * P
+        features = w_ih.shape[1] if i < D else D * P
         shapes = ((G * H, features), (G * H, P), (G * H,), (G * H,), None if first[4] is None else (P, H))
         for j, (t, shape) in enumerate(zip(each, shapes)):
             if t is None and (j in (2, 3) or shape is None):
                 continue
             if shape is None:
-                _fail(op, named(i, j), "be None like that of the first layer", "a tensor")
-            _check_tensor(op, named(i, j), t, x, shape)
+                _fail(op, named(i, j), f"be None, as {named(0, 4)} is", "a tensor")
+            _check_tensor(op, named(i, j), t, w_hh, shape, **like)
+    # The weights fit each other: what does not fit them is the input.
+    _check_tensor(op, "input", x, w_hh, of="the weights")
+    if x.shape[-1] != w_ih.shape[1]:
+        _fail(op, "input", f"have {w_ih.shape[1]} features (input_size)", x.shape[-1])
     for name, found, shapes in (
         ("peephole", o.peepholes, ((G - 1, H),)),
         ("norm", o.norms, ((G * H,), (G * H,), (2, H) if projects else None)),
@@ -837,14 +863,31 @@ def _check_weights(op: str, cell: str, x: Tensor, weights: object, D: int, o: Op
             shown = name if is_cell else f"{name}s[{i}]"
             group = (each,) if name == "peephole" else each
             if not isinstance(group, (tuple, list)) or len(group) != len(shapes):
-                _fail(op, shown, "hold the weights of the norms of input, gates and cell",
+                _fail(op, shown, "be (norm_ih, norm_hh, norm_cell), the weights of the norms of W_ih x, W_hh h and c",
                       len(group) if isinstance(group, (tuple, list)) else type(group).__name__)  # fmt: skip
-            for t, shape in zip(group, shapes):
-                if shape is None and t is not None:
-                    _fail(op, shown, "end in None: only an LSTM has a cell", "a tensor")
+            for j, (t, shape) in enumerate(zip(group, shapes)):
+                member = shown if name == "peephole" else f"{shown}[{j}]"
                 if shape is not None:
-                    _check_tensor(op, shown, t, x, shape)
+                    _check_tensor(op, member, t, x, shape)
+                elif t is not None:
+                    _fail(op, member, "be None: only an LSTM has a cell", "a tensor")
     return H, P
+
+
+def _check_batch_sizes(op: str, sizes: Tensor, rows: int) -> list[int]:
+    """As numbers."""
+    name = "input.batch_sizes"
+    if sizes.dtype != torch.int64 or sizes.dim() != 1 or not sizes.is_cpu:
+        shown = f"{sizes.dim()} dimensions of {sizes.dtype} on {sizes.device}"
+        _fail(op, name, "be one dimension of torch.int64 on the CPU", shown)
+    found = sizes.tolist()
+    if not found:
+        _fail(op, name, "have at least one step", 0)
+    if found[-1] < 1 or found != sorted(found, reverse=True):
+        _fail(op, name, "be positive and never rise from step to step", found)
+    if sum(found) != rows:
+        _fail(op, name, f"sum to the rows of input.data, {rows}", sum(found))
+    return found
 
 
 def _check_reset(op: str, reset: object, input: Tensor | PackedSequence, x: Tensor) -> Tensor:
@@ -871,11 +914,30 @@ def _autocast(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return t if t is None or t.dtype == dtype else t.to(dtype)
 
 
-def _common_dtype(x: Tensor, w: Tensor) -> torch.dtype:
-    """torch's rule: under autocast recurrent layers compute in its dtype; float64 stays."""
-    if is_autocast(x.device.type) and torch.float64 not in (x.dtype, w.dtype):
-        return torch.get_autocast_dtype(x.device.type)
-    return x.dtype
+def _common_dtype(op: str, x: Tensor, h: Tensor | None, c: Tensor | None, packed: bool = False) -> torch.dtype:
+    """torch's rule under autocast: its dtype. But on the CPU torch casts the products of a GRU, an LSTM cell and a
+    packed LSTM alone, and the result has the dtype of what they are added to; float64 stays."""
+    if not is_autocast(x.device.type) or x.dtype == torch.float64:
+        return x.dtype
+    dtype = torch.get_autocast_dtype(x.device.type)
+    if x.is_cpu and (op in ("gru", "gru_cell", "lstm_cell") or (op == "lstm" and packed)):
+        state = h if op.startswith("gru") else c
+        return torch.promote_types(dtype, (x if state is None else state).dtype)
+    return dtype
+
+
+def _config(cell: str, steps: int, batch: int, batch_first: bool, o: Options, dtype: torch.dtype, name: str) -> Config:
+    of_h, of_c = o.zoneout
+    if dtype != torch.float64:  # as the kernels have them: every backend draws the same units
+        of_h, of_c = _as_float32(of_h), _as_float32(of_c)
+    of_c = of_c if cell in HAS_CELLS else 0.0
+    return Config(cell, steps, batch, batch_first, of_h, of_c, o.eps, False, o.return_states, name)
+
+
+def _as_float32(p: float) -> float:
+    """To 24 bits (Veltkamp 1968): arithmetic alone, which every tracer follows."""
+    shifted = p * (2.0**29 + 1.0)
+    return shifted - (shifted - p)
 
 
 def _layer(
@@ -901,7 +963,8 @@ def _layer(
             bias, b_n = _biases(Direction(w_ih, w_hh, b_ih, b_hh, w_hr, None, None, None), c.cell)
             name = None if c.backend == "torch" else c.backend
             projected.append(
-                layer_norm(F.linear(x, w_ih), w_ih.shape[:1], of_input, bias, o.eps, keep_dtype=True, backend=name)
+                # int: torch.jit.trace makes tensors of sizes.
+                layer_norm(F.linear(x, w_ih), int(w_ih.shape[0]), of_input, bias, o.eps, keep_dtype=True, backend=name)
             )
             w_ih = b_ih = None
             b_hh = None if b_n is None else F.pad(b_n, (w_hh.shape[0] - b_n.shape[0], 0))
@@ -947,9 +1010,9 @@ def _sequence(
     layers = len(weights) // D
     offsets = None
     if packed:
-        sizes = input.batch_sizes
-        steps, batch, batch_first = sizes.numel(), int(sizes[0]), False
-        offsets = F.pad(sizes.cumsum(0), (1, 0))
+        sizes = _check_batch_sizes(op, input.batch_sizes, x.shape[0])
+        steps, batch, batch_first = len(sizes), sizes[0], False
+        offsets = F.pad(input.batch_sizes.cumsum(0), (1, 0))
     elif batched:
         steps, batch = (x.shape[1], x.shape[0]) if batch_first else (x.shape[0], x.shape[1])
     else:
@@ -961,7 +1024,7 @@ def _sequence(
     if reset is not None:
         reset = _check_reset(op, reset, input, x)
     name = choose(op, x, backend)
-    dtype = _common_dtype(x, weights[0][0])
+    dtype = _common_dtype(op, x, h0, c0, packed)
     lead, x = x.shape[:-1], _autocast(x, dtype).flatten(0, -2)
     states = []
     for t in (h0, c0):
@@ -971,9 +1034,7 @@ def _sequence(
                 t = t.index_select(1, input.sorted_indices)
         states.append(t)
     h0, c0 = states
-    c = Config(cell, steps, batch, batch_first, *o.zoneout, o.eps, False, o.return_states, name)
-    if cell not in HAS_CELLS:
-        c = c._replace(zoneout_c=0.0)
+    c = _config(cell, steps, batch, batch_first, o, dtype, name)
     h_ns, c_ns, found = [], [], []
     for layer in range(layers):
         at = layer * D
@@ -1005,7 +1066,7 @@ def _options(
 ) -> Options:
     pair = tuple(zoneout) if isinstance(zoneout, (tuple, list)) else (zoneout, zoneout)
     if len(pair) != 2:
-        _fail(op, "zoneout", "be a number, or two of them (of h and of c)", len(pair))
+        _fail(op, "zoneout", "be a probability, or two of them (of h and of c)", zoneout)
     pair = tuple(_check_probability(op, "zoneout", p) for p in pair)
     if cell not in HAS_CELLS and pair[0] != pair[1]:
         _fail(op, "zoneout", "be one number: only an LSTM has a cell", zoneout)
@@ -1057,20 +1118,23 @@ def lstm(
         hx: (h0, c0), of (layers * directions, B, proj_size or hidden_size) and (layers * directions, B, hidden_size),
             without B for a single sequence; None: zeros.
         weights: (w_ih, w_hh, b_ih, b_hh, w_hr) for each layer and direction, in torch's order and shapes; biases and
-            w_hr (the projection) may be None. Any strides.
+            w_hr (the projection) may be None. Any strides. A torch module's ``all_weights`` leaves out what it has not:
+            ``[(*w, None) for w in module.all_weights]``, without biases ``[(*w, None, None, None) for w in ...]``.
         batch_first, bidirectional: as in torch.nn.LSTM.
-        dropout: of each layer's output but the last one's, where ``training``.
-        reset: bool, like input without its features: h and c are 0 before a step where it is set.
+        dropout: of each layer's output but the last one's.
+        training: whether dropout, zoneout and recurrent dropout are drawn; else the expected value is taken.
+        reset: bool, like input without its features, so (1, B) for one step: h and c are 0 before a step where it is
+            set. The reverse direction does so at the same step, which then is the last one of the part before it.
         coupled: f = 1 - i (Greff et al. 2017); w_ih, w_hh and biases hold i, g and o.
         peepholes: for each entry of weights (3, hidden_size): what i, f (of c before the step) and o (of c after it)
             add to their sums (Gers, Schmidhuber 2000); (2, hidden_size) of i and o where ``coupled``.
         norms: for each entry of weights the weights of three layer norms (Ba et al. 2016): of W_ih x and W_hh h, each
-            (gates * hidden_size,) over all gates, and of c inside of tanh, (2, hidden_size) with its bias.
-        zoneout: probability, or those of h and of c, that a unit keeps its state (Krueger et al. 2017); in evaluation
-            the expected value.
+            (gates * hidden_size,), over the gates of a step together, and of c inside of tanh, (2, hidden_size): row 0
+            is its weight, row 1 its bias.
+        zoneout: probability, or those of h and of c, that a unit keeps its state (Krueger et al. 2017).
         recurrent_dropout: of h on its way into W_hh, one mask for all steps of a sequence (Gal, Ghahramani 2016).
         eps: of the norms.
-        return_states: also return a :class:`States` for each layer.
+        return_states: also return a list with a :class:`States` for each layer.
         backend: "eager", "cpu", "cuda" or "triton"; None chooses (see :func:`pyops.explain`).
 
     What applies to which cell:
@@ -1089,14 +1153,19 @@ def lstm(
         ==================== ==== === ===
 
     Returns:
-        (output, (h_n, c_n)) as torch.nn.LSTM, and the states where asked for.
+        (output, (h_n, c_n)) as torch.nn.LSTM; with ``return_states`` (output, (h_n, c_n), states).
 
     Raises:
         ValueError, TypeError: ``lstm: <argument> must <rule>, got <value>``, before any work is done.
 
     Differs from torch.nn.LSTM: the options; empty sequences and batches; gradients of every order, on every backend;
-    in 16 bits gates and c are float32. Randomness comes from torch's generator, by one seed
-    for a layer's zoneout and one mask for its recurrent dropout.
+    in 16 bits gates and c are float32 within a call, and c is rounded to the dtype of input when it is returned.
+    Randomness comes from torch's generator, by one seed for a layer's zoneout and one mask for its recurrent dropout.
+
+    Under autocast results have its dtype. On the CPU a GRU, an LSTM cell and a packed LSTM are computed in float32 and
+    return it, as torch's do, where their state is float32 (c of an LSTM; the input, where no state is given).
+
+    A PackedSequence, and packing, break the graph of torch.compile: fullgraph=True takes dense input.
     """
     h0, c0 = _states("lstm", hx)
     found = _direct_layer(
@@ -1139,12 +1208,12 @@ def gru(
     Args: as in :func:`lstm`, with hx being h0 alone, weights ending in None, and norms in None for the cell.
 
     Returns:
-        (output, h_n) as torch.nn.GRU, and the states where asked for.
+        (output, h_n) as torch.nn.GRU; with ``return_states`` (output, h_n, states).
 
     Raises:
         ValueError, TypeError: ``gru: <argument> must <rule>, got <value>``, before any work is done.
 
-    Differs from torch.nn.GRU: as :func:`lstm` does from torch.nn.LSTM.
+    Differs from torch.nn.GRU: as :func:`lstm` does from torch.nn.LSTM; autocast and torch.compile as there.
     """
     found = _direct_layer(
         "gru", input, hx, None, weights, bidirectional, dropout, batch_first, backend,
@@ -1186,12 +1255,12 @@ def rnn(
         nonlinearity: "tanh" or "relu".
 
     Returns:
-        (output, h_n) as torch.nn.RNN, and the states where asked for.
+        (output, h_n) as torch.nn.RNN; with ``return_states`` (output, h_n, states).
 
     Raises:
         ValueError, TypeError: ``rnn: <argument> must <rule>, got <value>``, before any work is done.
 
-    Differs from torch.nn.RNN: as :func:`lstm` does from torch.nn.LSTM.
+    Differs from torch.nn.RNN: as :func:`lstm` does from torch.nn.LSTM; autocast and torch.compile as there.
     """
     cell = _rnn_cell("rnn", nonlinearity)
     found = _direct_layer(
@@ -1228,10 +1297,8 @@ def _one_step(
     for name, t, size in zip(_state_names(cell), (h, c), (P, H)):
         if t is not None:
             _check_tensor(op, name, t, input, (x.shape[0], size) if batched else (size,))
-    dtype = _common_dtype(x, w[0])
-    config = Config(cell, 1, x.shape[0], False, *o.zoneout, o.eps, False, False, choose(op, input, backend))
-    if cell not in HAS_CELLS:
-        config = config._replace(zoneout_c=0.0)
+    dtype = _common_dtype(op, x, h, c)
+    config = _config(cell, 1, x.shape[0], False, o, dtype, choose(op, input, backend))
     h, c = (None if t is None else _autocast(t[None] if batched else t[None, None], dtype) for t in (h, c))
     weights = [[_autocast(t, dtype) for t in w]]
     y, _, c_n, _, _ = _layer(_autocast(x, dtype), weights, h, c, None, None, o, 0, training, config)
@@ -1269,7 +1336,8 @@ def lstm_cell(
     Raises:
         ValueError, TypeError: ``lstm_cell: <argument> must <rule>, got <value>``, before any work is done.
 
-    Differs from torch.lstm_cell: the options; a single sequence; hx may be None.
+    Differs from torch.lstm_cell: the options; a single sequence; hx may be None. In 16 bits c is rounded to the dtype
+    of input after every call, as torch's is; autocast as in :func:`lstm`. The results may be changed in place.
     """
     op, cell = "lstm_cell", "coupled" if coupled else "lstm"
     h, c = _states(op, hx)
@@ -1351,6 +1419,10 @@ for _name in ("lstm", "gru", "rnn", "lstm_cell", "gru_cell", "rnn_cell"):
 
 # ---- modules ----
 
+# torch's arguments, then ours.
+_ARGUMENTS = (
+    "input_size", "hidden_size", "num_layers", "bias", "batch_first", "dropout", "bidirectional", "device", "dtype"
+)  # fmt: skip
 _OPTIONS = ("layer_norm", "peephole", "coupled", "zoneout", "recurrent_dropout", "eps", "return_states", "backend")
 
 
@@ -1360,6 +1432,12 @@ def _check_module_options(op: str, has_cells: bool, options: dict[str, Any]) -> 
     for name in ("peephole", "coupled"):
         if options.get(name) and not has_cells:
             _fail(op, name, "be False: only an LSTM has it", options[name])
+
+
+def _check_names(op: str, known: tuple[str, ...], given: dict[str, Any]) -> None:
+    for name in given:
+        if name not in known:
+            _fail(op, "keyword", f"be one of {', '.join(known)}", repr(name), TypeError)
 
 
 def _couple(module: nn.Module, H: int) -> None:
@@ -1392,6 +1470,8 @@ class _Sequence(nn.RNNBase):
 
     def __init__(self, mode: str, args: tuple, kwargs: dict[str, Any]) -> None:
         op = type(self).__name__
+        own = {"LSTM": ("proj_size",), "GRU": ()}.get(mode, ("nonlinearity",))
+        _check_names(op, (*_ARGUMENTS, *own, *_OPTIONS), kwargs)
         options = {name: kwargs.pop(name) for name in _OPTIONS if name in kwargs}
         dropout = args[5] if len(args) > 5 else kwargs.get("dropout", 0.0)
         _check_probability(op, "dropout", dropout)
@@ -1459,11 +1539,13 @@ class LSTM(_Sequence):
 
     Args: those of torch.nn.LSTM, and as keywords
         layer_norm, peephole: norms and peepholes of :func:`pyops.lstm`, with parameters ``norm_ih_l0``, ``norm_hh_l0``,
-            ``norm_cell_l0`` and ``peephole_l0`` (and so on for each layer and direction).
+            ``norm_cell_l0`` (rows: weight, bias) and ``peephole_l0`` (and so on for each layer and direction).
         coupled, zoneout, recurrent_dropout, eps, return_states, backend: as in :func:`pyops.lstm`.
 
-    ``forward(input, hx=None, *, reset=None)``. Differs from torch.nn.LSTM: it is no subclass of it (such a class cannot
-    be compiled as one graph), but of torch.nn.RNNBase; the options, and what :func:`pyops.lstm` names.
+    ``forward(input, hx=None, *, reset=None)``; ``train()`` and ``eval()`` govern zoneout and dropout. Differs from
+    torch.nn.LSTM: it is no subclass of it (such a class cannot be compiled as one graph), but of torch.nn.RNNBase, so
+    ``isinstance(module, torch.nn.LSTM)`` is False, after :func:`pyops.replace` too; the options, and what
+    :func:`pyops.lstm` names.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -1513,6 +1595,7 @@ class RNN(_Sequence):
         return rnn(input, hx, nonlinearity=nonlinearity, reset=reset, **self._arguments())
 
 
+_CELL_ARGUMENTS = ("input_size", "hidden_size", "bias", "device", "dtype")
 _CELL_OPTIONS = ("layer_norm", "peephole", "coupled", "zoneout", "eps", "backend")
 
 
@@ -1527,6 +1610,8 @@ class _Cell(nn.RNNCellBase):
     backend: str | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        own = ("nonlinearity",) if isinstance(self, nn.RNNCell) else ()
+        _check_names(type(self).__name__, (*_CELL_ARGUMENTS, *own, *_CELL_OPTIONS), kwargs)
         options = {name: kwargs.pop(name) for name in _CELL_OPTIONS if name in kwargs}
         has_cells = isinstance(self, nn.LSTMCell)
         _check_module_options(type(self).__name__, has_cells, options)

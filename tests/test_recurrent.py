@@ -13,6 +13,7 @@ import torch
 from conftest import TARGETS, Target
 from oracle import Oracle
 from recurrent_cases import BF16, F16, F32, F64, Case, inputs, judge, on, results
+from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence
 from torch.utils.checkpoint import checkpoint
@@ -171,6 +172,22 @@ def test_randomness_repeats(backend: Target, cell: str) -> None:
         torch.testing.assert_close(module(x)[0], found[0])
 
 
+def test_zoneout_draws_the_same_units_everywhere(all_kernels: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a probability, rounded to float32, decides: 0.9 of unit 307 of row 59 for this seed."""
+    monkeypatch.setattr(recurrent, "draw_seed", lambda _: torch.tensor([282, 0]))
+    x, weights = torch.ones(60, 1), (torch.ones(308, 1), torch.zeros(308, 308))
+    eager, found = (
+        pyops.rnn_cell(x, None, *weights, zoneout=0.9, training=True, backend=name)
+        for name in ("eager", all_kernels.name)
+    )
+    assert torch.equal(eager == 0, found == 0)
+
+
+def test_probabilities_are_those_of_float32() -> None:
+    for p in (0.1, 0.3, 1 / 3, 0.9, 1e-9, 1.0, 0.0):
+        assert recurrent._as_float32(p) == torch.tensor(p, dtype=F32).item()
+
+
 # ---- the ways of the CUDA kernels ----
 
 # Where no unit needs the sums of others, one kernel takes all steps: with one block for all units, or with several that
@@ -313,7 +330,7 @@ def cell_step(kind: str, tensors: dict[str, torch.Tensor], ours: bool) -> dict[s
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("kind", TORCHS_CELLS)
 def test_cells_of_all_sizes(kind: str, threads: int) -> None:
-    """The products of few rows, read as they lie, and of more, packed; against torch's own cells."""
+    """The products of few rows, and of more, as columns; against torch's own cells."""
     G = GATES["rnn_tanh" if kind in ("rnn", "relu") else kind]
     torch.set_num_threads(threads)
     sizes = [(1, 8, 5), (2, 3, 17), (3, 40, 33), (5, 64, 64), (13, 20, 100), (33, 33, 48), (70, 65, 65), (40, 130, 256)]
@@ -340,6 +357,51 @@ def test_cells_of_all_sizes(kind: str, threads: int) -> None:
             oracle.check_all(
                 f"{kind} {dtype} B={B} F={F} H={H} bias={bias}", mine, cell_step(kind, tensors, False),
                 cell_step(kind, wide, False),
+            )  # fmt: skip
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("kind", ["lstm", "gru", "rnn"])
+def test_plain_layers_of_all_sizes(kind: str, threads: int) -> None:
+    """Where the kernel makes gx itself, of one sequence or step by step, and the gradients of the weights and of x."""
+    G = GATES["rnn_tanh" if kind == "rnn" else kind]
+    torch.set_num_threads(threads)
+    sizes = [(2, 2, 3, 5), (4, 3, 40, 33), (3, 17, 33, 48), (7, 26, 20, 64), (2, 60, 65, 100), (70, 1, 17, 33)]
+
+    def run(tensors: dict[str, Tensor], **options: object) -> dict[str, Tensor]:
+        given = {n: t.detach().clone().requires_grad_() for n, t in tensors.items()}
+        states = [given[n] for n in "hc" if n in given]
+        hx = None if not states else tuple(states) if kind == "lstm" else states[0]
+        weights = [(given["w_ih"], given["w_hh"], given.get("b_ih"), given.get("b_hh"), None)]
+        y, h_n = getattr(pyops, kind)(given["x"], hx, weights, **options)
+        outputs = {"y": y, "h_n": h_n[0] if kind == "lstm" else h_n} | ({"c_n": h_n[1]} if kind == "lstm" else {})
+        if not torch.is_grad_enabled():
+            return outputs
+        # Not all outputs take part, which leaves gradients of some out.
+        total = sum(
+            (o.double() * torch.linspace(-1, 1, o.numel()).view(o.shape)).sum() for o in list(outputs.values())[:2]
+        )
+        return outputs | {f"d{n}": g for n, g in zip(given, torch.autograd.grad(total, list(given.values())))}
+
+    with Oracle(f"{kind} layer") as oracle:
+        for (T, B, F, H), dtype, plain in itertools.product(sizes, (F64, F32, BF16, F16), (True, False)):
+            if dtype.itemsize == 2 and B * H < 100:
+                continue  # the largest of few errors is a matter of luck
+            torch.manual_seed(B + H)
+            options = {"batch_first": not plain}
+            tensors = {"x": torch.randn(*((T, B) if plain else (B, T)), F), "w_ih": torch.randn(G * H, F) * F**-0.5}
+            tensors |= {"w_hh": torch.randn(G * H, H) * H**-0.5}
+            if plain:
+                tensors |= {"b_ih": torch.randn(G * H), "b_hh": torch.randn(G * H)}
+                tensors |= {n: torch.randn(1, B, H) for n in ("hc" if kind == "lstm" else "h")}
+            tensors = {n: t.to(dtype) for n, t in tensors.items()}
+            mine = run(tensors, **options)
+            with torch.no_grad():
+                alone = run(tensors, **options)
+            assert all(torch.equal(a, mine[n]) for n, a in alone.items())
+            oracle.check_all(
+                f"{kind} {dtype} T={T} B={B} F={F} H={H} plain={plain}", mine, run(tensors, backend="eager", **options),
+                run({n: t.double() for n, t in tensors.items()}, backend="eager", **options),
             )  # fmt: skip
 
 
@@ -382,6 +444,31 @@ def test_gradients_own_their_memory(backend: Target, kind: str) -> None:
             others = {n: p.grad for n, p in module.named_parameters() if n != name}
             assert all(torch.equal(g, before[n]) for n, g in others.items())
             parameter.grad.copy_(before[name])
+
+
+@pytest.mark.parametrize("options", [{}, {"layer_norm": True, "zoneout": 0.3}], ids=["plain", "options"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_states_of_a_cell_may_be_changed(backend: Target, kind: str, options: dict[str, object]) -> None:
+    """In place, as agents clear the states of finished episodes; also what a sequence of one step returns."""
+    options = {**options, "dtype": F64, "backend": backend.name}
+    cell, layer = getattr(pyops.nn, kind + "Cell")(4, 5, **options), getattr(pyops.nn, kind)(4, 5, **options)
+    x, done = torch.randn(3, 2, 4, dtype=F64), torch.tensor([[0.0], [1.0]], dtype=F64)
+    found = []
+    for in_place in (False, True):
+        torch.manual_seed(1)
+        hx, last = None, None
+        for each in x:
+            hx, last = cell(each, hx), layer(each[None], last)[1]
+            if in_place:
+                for t in (*flat(hx), *flat(last)):
+                    t.mul_(done)
+            else:
+                hx, last = (tuple(t * done for t in s) if isinstance(s, tuple) else s * done for s in (hx, last))
+        parameters = [*cell.parameters(), *layer.parameters()]
+        found.append(torch.autograd.grad(sum(t.sum() for t in flat((hx, last))), parameters, create_graph=True))
+    for a, b in zip(*found):
+        torch.testing.assert_close(a, b)
+    sum(g.square().sum() for g in found[1]).backward()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -577,15 +664,37 @@ def test_operators(kernels: Target, case: Case) -> None:
     torch.library.opcheck(torch.ops.pyops.recurrent_bwd.default, arguments, test_utils=tests)
 
 
-def test_autocast(backend: Target) -> None:
-    module = pyops.nn.LSTM(4, 5, backend=backend.name)
-    x = torch.randn(3, 2, 4)
-    with torch.autocast("cpu", torch.bfloat16):
-        output, (h, c) = module(x)
-    assert {t.dtype for t in (output, h, c)} == {torch.bfloat16}
-    torch.testing.assert_close(output.float(), module(x)[0], rtol=0.03, atol=0.03)
-    output.float().sum().backward()
-    assert module.weight_hh_l0.grad.dtype == torch.float32
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_jit_trace(kind: str, norm: bool) -> None:
+    """For any batch; the steps are those of the trace."""
+    for name, shape in ((kind, (3, 2, 4)), (kind + "Cell", (2, 4))):
+        module = getattr(pyops.nn, name)(4, 5, layer_norm=norm)
+        traced, x = torch.jit.trace(module, torch.randn(shape)), torch.randn(*shape[:-2], 6, 4)
+        for a, b in zip(flat(traced(x)), flat(module(x))):
+            torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("cell", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_autocast(backend: Target, kind: str, cell: bool) -> None:
+    """Results have the dtype that torch's have, which on the CPU is not the same for all."""
+    name = kind + "Cell" * cell
+    theirs, mine = getattr(torch.nn, name)(4, 5), getattr(pyops.nn, name)(4, 5, backend=backend.name)
+    mine.load_state_dict(theirs.state_dict())
+    x, h = torch.randn(3, 2, 4), torch.randn(1, 2, 5)
+    x, h = (x[0], h[0]) if cell else (x, h)
+    given = [(x, None), (x.bfloat16(), None), (x, h), (x, h.bfloat16())]
+    given += [] if cell else [(pack_padded_sequence(x, torch.tensor([3, 2])), None)]
+    for x, h in given:
+        hx = h if h is None or kind != "LSTM" else (h, h)
+        with torch.autocast("cpu", torch.bfloat16):
+            expected, found = flat(theirs(x, hx)), flat(mine(x, hx))
+        for a, b in zip(found, expected):
+            torch.testing.assert_close(a, b, rtol=0.03, atol=0.03)
+        found[0].float().sum().backward()
+        assert all(p.grad.dtype == torch.float32 for p in mine.parameters())
 
 
 # ---- what users do with modules ----
@@ -684,21 +793,31 @@ def test_no_features() -> None:
 
 W = [(torch.zeros(20, 4), torch.zeros(20, 5), None, None, None)]
 G = [(torch.zeros(15, 4), torch.zeros(15, 5), None, None, None)]
-X = torch.zeros(3, 2, 4)
+X, H = torch.zeros(3, 2, 4), torch.zeros(1, 2, 5)
+G15, NORMS = torch.ones(15), (torch.ones(20), torch.ones(20), torch.ones(2, 5))
 
 
 def pack(*lengths: int, flags: bool = False) -> PackedSequence:
     return pack_sequence([torch.zeros(n, dtype=torch.bool) if flags else torch.zeros(n, 4) for n in lengths])
 
 
+def packed(sizes: list[int], dtype: torch.dtype = torch.int64) -> PackedSequence:
+    return PackedSequence(torch.zeros(3, 4), torch.tensor(sizes, dtype=dtype))
+
+
+def autocast(module: torch.nn.Module, *args: object) -> object:
+    with torch.autocast("cpu", BF16):
+        return module(*args)
+
+
 BAD = [
     (lambda: pyops.lstm("x", None, W), "lstm: input must be a torch.Tensor, got str"),
     (lambda: pyops.lstm(X[None], None, W), "lstm: input must have 2 dimensions (a sequence) or 3"),
     (lambda: pyops.lstm(X.int(), None, W), "lstm: input must have dtype float64, float32, bfloat16 or float16, got"),
-    (lambda: pyops.lstm(X[..., :3], None, W), "lstm: weights[0][0] must have shape (20, 3), got (20, 4)"),
-    (lambda: pyops.lstm(X.double(), None, W), "lstm: weights[0][1] must have the dtype of input, torch.float64, got"),
-    (lambda: pyops.lstm(X, None, []), "lstm: weights must hold 1 sequence of tensors for each layer, got 0"),
-    (lambda: pyops.lstm(X, None, W, bidirectional=True), "lstm: weights must hold 2 sequences of tensors for each"),
+    (lambda: pyops.lstm(X[..., :3], None, W), "lstm: input must have 4 features (input_size), got 3"),
+    (lambda: pyops.lstm(X.double(), None, W), "lstm: input must have the dtype of the weights, torch.float32, got"),
+    (lambda: pyops.lstm(X, None, []), "lstm: weights must hold an entry for each layer, got 0"),
+    (lambda: pyops.lstm(X, None, W, bidirectional=True), "each layer and direction, an even number, got 1"),
     (lambda: pyops.lstm(X, None, [W[0][:2]]), "lstm: weights[0] must be (w_ih, w_hh, b_ih, b_hh, w_hr)"),
     (lambda: pyops.lstm(X, torch.zeros(1, 2, 5), W), "lstm: hx must be a pair (h0, c0), got Tensor"),
     (lambda: pyops.lstm(X, (torch.zeros(1, 3, 5), None), W), "lstm: hx[0] must have shape (1, 2, 5), got"),
@@ -709,18 +828,32 @@ BAD = [
     (lambda: pyops.lstm(X, None, W, reset=torch.zeros(3, 2)), "lstm: reset must be bool, got torch.float32"),
     (lambda: pyops.lstm(X, None, W, reset=torch.zeros(3, dtype=torch.bool)), "lstm: reset must have shape (3, 2)"),
     (lambda: pyops.lstm(X, None, W, peepholes=[torch.zeros(2, 5)]), "lstm: peepholes[0] must have shape (3, 5), got"),
-    (lambda: pyops.lstm(X, None, W, norms=[None]), "lstm: norms[0] must hold the weights of the norms of"),
+    (lambda: pyops.lstm(X, None, W, norms=[None]), "lstm: norms[0] must be (norm_ih, norm_hh, norm_cell), the weights"),
+    (lambda: pyops.lstm(X, None, W, norms=[NORMS[:2]]), "norms of W_ih x, W_hh h and c, got 2"),
+    (lambda: pyops.lstm(X, None, W, norms=[(*NORMS[:2], X)]), "lstm: norms[0][2] must have shape (2, 5), got"),
+    (lambda: pyops.lstm_cell(X[0], None, *W[0][:2], norm=(X, *NORMS[1:])), "lstm_cell: norm[0] must have shape (20,)"),
+    (lambda: pyops.gru(X, None, G, norms=[(G15, G15, X)]), "gru: norms[0][2] must be None: only an LSTM has a cell"),
     (lambda: pyops.lstm(X, None, [(*W[0][:4], torch.zeros(5, 5))]), "proj_size < hidden_size, got (5, 5)"),
+    (lambda: pyops.lstm(X, None, [(W[0][0].half(), *W[0][1:])]), "weights[0][0] must have the dtype of weights[0][1]"),
+    (lambda: pyops.lstm(X.to("meta"), None, W), "lstm: input must be on the device of the weights, cpu, got meta"),
+    (lambda: pyops.nn.GRUCell(4, 5)(X[0, :, :3]), "gru_cell: input must have 4 features (input_size), got 3"),
+    (lambda: autocast(pyops.nn.LSTM(4, 5).double(), X), "input must have the dtype of the weights, torch.float64, got"),
+    (lambda: autocast(pyops.nn.LSTM(4, 5), X, (H.double(), H)), "lstm: hx[0] must have the dtype of input, torch"),
+    (lambda: pyops.gru(packed([]), None, G), "gru: input.batch_sizes must have at least one step, got 0"),
+    (lambda: pyops.gru(packed([1, 2]), None, G), "must be positive and never rise from step to step, got [1, 2]"),
+    (lambda: pyops.gru(packed([3, 0]), None, G), "must be positive and never rise from step to step, got [3, 0]"),
+    (lambda: pyops.gru(packed([2, 2]), None, G), "gru: input.batch_sizes must sum to the rows of input.data, 3, got 4"),
+    (lambda: pyops.gru(packed([2, 1], F32), None, G), "gru: input.batch_sizes must be one dimension of torch.int64 on"),
     (lambda: pyops.lstm(X, None, W, backend="fast"), "lstm: backend must be one of eager, cpu, cuda, triton"),
     (lambda: pyops.lstm(X, None, W, backend="cuda"), "lstm: backend must be able to serve input, got 'cuda'"),
-    (lambda: pyops.lstm(X, None, W, norms=[W[0][:2]]), "input, gates and cell, got 2"),
     (lambda: pyops.lstm(X, None, W, zoneout=None), "lstm: zoneout must be a number, got NoneType"),
+    (lambda: pyops.lstm(X, None, W, zoneout=(0.1,)), "be a probability, or two of them (of h and of c), got (0.1,)"),
     (lambda: pyops.lstm_cell(X[0], None, *W[0][:2], eps=-1), "lstm_cell: eps must be a finite number, not negative"),
-    (lambda: pyops.lstm_cell(X[0], None, X[0], W[0][1]), "lstm_cell: w_ih must have shape (20, 4), got (2, 4)"),
+    (lambda: pyops.lstm_cell(X[0], None, X[0], W[0][1]), "lstm_cell: w_ih must have shape (20, input_size), got (2,"),
     (lambda: pyops.gru(X, (X,), G), "gru: hx must be a torch.Tensor, got tuple"),
     (lambda: pyops.gru(X, None, G, zoneout=(0.1, 0.2)), "gru: zoneout must be one number: only an LSTM has a cell"),
     (lambda: pyops.gru(pack(3, 1), None, G, reset=pack(2, 2, flags=True)), "gru: reset must have the lengths and"),
-    (lambda: pyops.gru(X, None, W), "gru: weights[0][1] must be w_hh, (3 hidden_size, hidden_size), got (20, 5)"),
+    (lambda: pyops.gru(X, None, W), "gru: weights[0][1] must have shape (3 * hidden_size, hidden_size), got"),
     (lambda: pyops.rnn(X, None, W, nonlinearity="elu"), 'rnn: nonlinearity must be "tanh" or "relu", got \'elu\''),
     (lambda: pyops.lstm_cell(X, None, *W[0][:2]), "lstm_cell: input must have 1 dimension (features) or 2"),
     (lambda: pyops.gru_cell(X[0], torch.zeros(3, 5), torch.zeros(15, 4), torch.zeros(15, 5)), "gru_cell: hx must have"),
@@ -728,6 +861,8 @@ BAD = [
     (lambda: pyops.nn.GRU(4, 5, proj_size=2), "GRU: proj_size must not be given: only an LSTM has a projection"),
     (lambda: pyops.nn.GRU(4, 5, peephole=True), "GRU: peephole must be False: only an LSTM has it, got True"),
     (lambda: pyops.nn.RNN(4, 5, nonlinearity="elu"), "RNN: nonlinearity must be"),
+    (lambda: pyops.nn.RNN(4, 5, zonout=0.1), "RNN: keyword must be one of input_size, hidden_size, num_layers, bias,"),
+    (lambda: pyops.nn.LSTMCell(4, 5, return_states=True), "eps, backend, got 'return_states'"),
 ]
 
 

@@ -4,6 +4,7 @@
 
 #include "recurrent_bwd.h"
 #include "recurrent_fwd.h"
+#include "recurrent_gradients.h"
 
 namespace pyops::PYOPS_ISA {
 
@@ -25,11 +26,19 @@ void recurrent_fwd_cpu(const RecurrentFwdParams<T>& params) {
 }
 
 template <typename T>
-void recurrent_bwd_cpu(const RecurrentBwdParams<T>& params){PYOPS_FOR_FAMILY(backward)}
+void recurrent_bwd_cpu(const RecurrentBwdParams<T>& params) {
+  PYOPS_FOR_FAMILY(backward)
+}
+
+template <typename T>
+void recurrent_gradients_cpu(const RecurrentGradients<T>& params) {
+  gradients(params);
+}
 
 #define PYOPS_INSTANTIATE(T)                                        \
   template void recurrent_fwd_cpu<T>(const RecurrentFwdParams<T>&); \
-  template void recurrent_bwd_cpu<T>(const RecurrentBwdParams<T>&);
+  template void recurrent_bwd_cpu<T>(const RecurrentBwdParams<T>&); \
+  template void recurrent_gradients_cpu<T>(const RecurrentGradients<T>&);
 PYOPS_INSTANTIATE(double) PYOPS_INSTANTIATE(float) PYOPS_INSTANTIATE(bf16) PYOPS_INSTANTIATE(f16)
 
 }  // namespace pyops::PYOPS_ISA

@@ -9,6 +9,8 @@
   void recurrent_fwd_cpu(const RecurrentFwdParams<T>& params); \
   template <typename T>                                        \
   void recurrent_bwd_cpu(const RecurrentBwdParams<T>& params); \
+  template <typename T>                                        \
+  void recurrent_gradients_cpu(const RecurrentGradients<T>&);  \
   }
 PYOPS_FOR_EACH_ISA(PYOPS_DECLARE)
 #undef PYOPS_DECLARE

@@ -137,6 +137,7 @@ class BackwardTeam {
     bool cut;  // h and c were cleared before the step visited last
     int64_t n = 0;
     bool reset = false;
+    int64_t before = -1;         // the row of the step to be visited next
     const T* h = nullptr;        // that the step began with; null: 0
     const A* c = nullptr;        // and c, within the sequence
     const T* c_start = nullptr;  // or at its beginning; null: 0
@@ -195,9 +196,10 @@ class BackwardTeam {
   static int clamp(int64_t n, int most) { return n < 0 ? 0 : n < most ? static_cast<int>(n) : most; }
   template <typename F>
   PYOPS_INLINE void for_each_tile(Range blocks, int rows, int visited, int active, F&& f) {
+    const int group = kGroup * m_.strip_rows;
     for (int64_t k = blocks.begin; k < blocks.end; ++k) {
-      for (int r = 0; r < rows; r += m_.strip_rows) {
-        const int end = clamp(rows - r, m_.strip_rows);
+      for (int r = 0; r < rows; r += group) {
+        const int end = clamp(rows - r, group);
         f(k, r, clamp(visited - r, end), clamp(active - r, end));
       }
     }
@@ -253,12 +255,12 @@ class BackwardTeam {
     if (!active) return at;
     at.n = walk_.row(t, at.b);
     at.reset = walk_.resets(at.n);
-    if (at.reset) return at;
     const int64_t before = walk_.reverse ? t + 1 : t - 1;
-    if (walk_.has(before, at.b)) {
-      const int64_t row = walk_.row(before, at.b);
-      at.h = w_.y + row * p_.y_row;
-      if (w_.cells != nullptr) at.c = w_.cells + row * p_.H;
+    if (walk_.has(before, at.b)) at.before = walk_.row(before, at.b);
+    if (at.reset) return at;
+    if (at.before >= 0) {
+      at.h = w_.y + at.before * p_.y_row;
+      if (w_.cells != nullptr) at.c = w_.cells + at.before * p_.H;
     } else {
       if (w_.h0 != nullptr) at.h = w_.h0 + at.b * p_.P;
       if (w_.c0 != nullptr) at.c_start = w_.c0 + at.b * p_.H;
@@ -266,18 +268,26 @@ class BackwardTeam {
     return at;
   }
 
+  // What the units of block k will read of row n, which lies far from what is read before it.
+  PYOPS_INLINE void fetch(int64_t n, int64_t k) const {
+    constexpr int64_t kLine = 64 / sizeof(T);
+    for (int s = 0; s < S; ++s) {
+      for (int64_t c = 0; c < U; c += kLine) __builtin_prefetch(w_.gates + (n * S + s) * p_.H + k * U + c);
+    }
+  }
+
   // dh of step t, from the step that was visited last; and all else, where h is m and nothing is normalised.
   __attribute__((noinline)) void outputs_tile(int64_t t, int parity, int64_t k, int r, int visited, int active) {
-    alignas(kVectorBytes) A own[kTileRows * U];
-    alignas(kVectorBytes) T next[kStep * kMost * U];
+    alignas(kVectorBytes) A own[kGroupRows * U];
+    alignas(kVectorBytes) T next[kGroupRows * kMost * U];
     alignas(kVectorBytes) A sums[Memory::kSums * U];
     const A* products = own;
     if (visited > 0 && m_.single) {
       products = product_row(0) + k * U;
     } else if (visited > 0) {
-      multiply<Into::product, 1, kStep>(visited, dp_strip(parity, r),
-                                        m_.weights.get() + (team_.d * m_.outputs.count + k) * m_.outputs.panel,
-                                        m_.outputs.panel, m_.outputs.steps, own, U, U);
+      const auto dp_of = [&](int i) PYOPS_ALWAYS_INLINE { return dp_strip(parity, r + i); };
+      multiply_panel<T>(m_.outputs, m_.weights.get() + (team_.d * m_.outputs.count + k) * m_.outputs.panel, visited,
+                        m_.strip_rows, dp_of, own, U);
     }
     if (!m_.projected) __builtin_memset(sums, 0, m_.used_sums * U * sizeof(A));
     for (int i = 0; i < visited || i < active; ++i) {
@@ -285,6 +295,7 @@ class BackwardTeam {
       const Zoneout<T> zoneout(p_, p_.zoneout_h, 2 * (team_.d * p_.rows + at.n), k * U);
       T* const row = next + i * G * U;
       if (active > 0) __builtin_memset(row, 0, G * U * sizeof(T));
+      if (at.before >= 0) fetch(at.before, k);
       A* const direct = direct_of(r + i) + k * U;
       for_each_vector<T>(p_.P, k * U, [&](int c, auto lanes) PYOPS_ALWAYS_INLINE {
         const int64_t u = k * U + c;
@@ -319,27 +330,28 @@ class BackwardTeam {
     }
     if (active == 0) return;
     if (!m_.projected) {
-      if (!m_.normalised) send_strip(next, 1 - parity, k, r, active);
+      if (!m_.normalised) send_strips(next, 1 - parity, k, r, active);
       add_sums(sums, k);
     } else if (m_.single) {
       pack_row<T>(next, k * U, p_.P, dm_row());
     } else {
-      pack_strip<T>(next, G * U, k * U, p_.P, active, dm_strip(r));
+      in_strips(active, m_.strip_rows,
+                [&](int i, int of) { pack_strip<T>(next + i * G * U, G * U, k * U, p_.P, of, dm_strip(r + i)); });
     }
   }
 
   // From dm to the gates, behind a projection.
   __attribute__((noinline)) void units_tile(int64_t t, int parity, int64_t k, int r, int visited, int active) {
-    alignas(kVectorBytes) A own[kTileRows * U];
-    alignas(kVectorBytes) T next[kStep * kMost * U];
+    alignas(kVectorBytes) A own[kGroupRows * U];
+    alignas(kVectorBytes) T next[kGroupRows * kMost * U];
     alignas(kVectorBytes) A sums[Memory::kSums * U];
     const A* products = own;
     if (active > 0 && m_.single) {
       products = product_row(1) + k * U;
     } else if (active > 0) {
-      multiply<Into::product, 1, kStep>(active, dm_strip(r),
-                                        m_.projections.get() + (team_.d * m_.inputs.count + k) * m_.inputs.panel,
-                                        m_.inputs.panel, m_.inputs.steps, own, U, U);
+      const auto dm_of = [&](int i) PYOPS_ALWAYS_INLINE { return dm_strip(r + i); };
+      multiply_panel<T>(m_.inputs, m_.projections.get() + (team_.d * m_.inputs.count + k) * m_.inputs.panel, active,
+                        m_.strip_rows, dm_of, own, U);
     }
     __builtin_memset(sums, 0, m_.used_sums * U * sizeof(A));
     for (int i = 0; i < visited || i < active; ++i) {
@@ -353,7 +365,7 @@ class BackwardTeam {
       });
     }
     if (active == 0) return;
-    if (!m_.normalised) send_strip(next, 1 - parity, k, r, active);
+    if (!m_.normalised) send_strips(next, 1 - parity, k, r, active);
     add_sums(sums, k);
   }
 
@@ -536,7 +548,7 @@ class BackwardTeam {
 
   // Through the norm of the gates to dp.
   __attribute__((noinline)) void gates_tile(int64_t t, int parity, int64_t k, int r, int active) {
-    alignas(kVectorBytes) T next[kStep * kMost * U];
+    alignas(kVectorBytes) T next[kGroupRows * kMost * U];
     alignas(kVectorBytes) A sums[Memory::kSums * U] = {};
     for (int i = 0; i < active; ++i) {
       const int64_t n = walk_.row(t, team_.sequence(r + i)), H = p_.H;
@@ -557,7 +569,7 @@ class BackwardTeam {
       }
     }
     if (active == 0) return;
-    send_strip(next, 1 - parity, k, r, active);
+    send_strips(next, 1 - parity, k, r, active);
     add_sums(sums, k);
   }
   void find_norm_of_row(const A* x, A& mean, A& rstd) const {
@@ -595,13 +607,15 @@ class BackwardTeam {
     }
   }
 
-  PYOPS_INLINE void send_strip(const T* rows, int parity, int64_t k, int r, int count) {
+  __attribute__((noinline)) void send_strips(const T* rows, int parity, int64_t k, int r, int count) {
     for (int g = 0; g < G; ++g) {
       const int64_t u0 = g * m_.width + k * U;
       if (m_.single) {
         pack_row<T>(rows + g * U, u0, u0 + U, dp_row(parity));
       } else {
-        pack_strip<T>(rows + g * U, G * U, u0, u0 + U, count, dp_strip(parity, r));
+        in_strips(count, m_.strip_rows, [&](int i, int of) {
+          pack_strip<T>(rows + (i * G + g) * U, G * U, u0, u0 + U, of, dp_strip(parity, r + i));
+        });
       }
     }
   }

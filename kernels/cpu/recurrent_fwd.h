@@ -14,22 +14,32 @@ struct ForwardMemory {
   static constexpr int U = kUnits<T>;
   static constexpr int kStep = kStripStep<A>;
 
-  ForwardMemory(const RecurrentParams<T>& p, const Division& division)
+  ForwardMemory(const RecurrentFwdParams<T>& p, const Division& division)
       : G(gates_of<kFamily>(p.cell)),
-        in_place(p.B == 1 || (p.T_ == 1 && p.B <= kFewRows)),
+        in_place(p.B == 1 || p.T_ == 1),
+        few(p.B <= kFewRows),
         normalised(p.direction[0].ln_gates != nullptr),
         projected(p.direction[0].w_hr != nullptr),
+        folded(p.input != nullptr && p.input->gx == nullptr),
         most_rows(division.most_rows),
         strip_rows(division.strip_rows),
         strips(division.strips),
+        columns_of_unit(folded && kFamily == RecurrentCell::gru ? G + 1 : G),
         units((p.H + U - 1) / U, p.P, in_place),
         outputs(projected ? Blocks<T>((p.P + U - 1) / U, p.H, in_place) : Blocks<T>(0, 0, true)),
+        inputs(folded ? Blocks<T>(units.count, p.input->F, false) : Blocks<T>(0, 0, true)),
         weights(p.directions * units.count * G * units.panel),
+        input_weights(inputs.count * G * inputs.panel),
+        bias(folded ? G * p.H + U : 0),
+        x(folded ? division.threads * strips * inputs.strip : 0),
         projections(p.directions * outputs.count * outputs.panel),
         h(division.teams * 2 * strips * units.strip),
         m(division.teams * strips * outputs.strip),
         h_rows(in_place ? division.teams * 2 * most_rows * units.row : 0),
         m_rows(in_place && projected ? division.teams * most_rows * outputs.row : 0),
+        columns(in_place && !few ? division.threads * round_up(most_rows, kPanel<A>) *
+                                       (units.row > outputs.row ? units.row : outputs.row)
+                                 : 0),
         c(kHasCells<kFamily> ? division.teams * most_rows * units.count * U : 0),
         products(normalised ? division.teams * strips * strip_rows * units.count * G * U : 0),
         seen(normalised && kHasCells<kFamily> ? division.teams * most_rows * units.count * 2 * U : 0),
@@ -39,28 +49,34 @@ struct ForwardMemory {
   }
 
   int G;
-  bool in_place, normalised, projected;
+  bool in_place, few, normalised, projected, folded;
   int64_t most_rows;
   int strip_rows;
   int64_t strips;
-  Blocks<T> units;         // of W_hh: columns of m
-  Blocks<T> outputs;       // of W_hr: columns of h
-  Scratch<E> weights;      // [directions, units.count, G, units.panel]
-  Scratch<E> projections;  // [directions, outputs.count, outputs.panel]
-  Scratch<E> h;            // [teams, 2, strips, units.strip] h' of even and of odd steps
-  Scratch<E> m;            // [teams, strips, outputs.strip] m on its way into W_hr
-  Scratch<A> h_rows;       // [teams, 2, most_rows, units.row] the same, for weights as they lie
-  Scratch<A> m_rows;       // [teams, most_rows, outputs.row]
-  Scratch<A> c;            // [teams, most_rows, units.count U]
-  Scratch<A> products;     // [teams, rows, units.count, G, U] W_hh h', where a whole row must be seen
-  Scratch<A> seen;         // [teams, most_rows, units.count, 2, U] c' and o, where all of c' must be seen
-  Scratch<A> norms;        // [teams, most_rows, 2] mean and rstd of what was normalised last
+  int columns_of_unit;       // products of a unit: where x W_ih^T is among them, that of a GRU's n stands alone
+  Blocks<T> units;           // of W_hh: columns of m
+  Blocks<T> outputs;         // of W_hr: columns of h
+  Blocks<T> inputs;          // of W_ih
+  Scratch<E> weights;        // [directions, units.count, G, units.panel]
+  Scratch<E> input_weights;  // [inputs.count, G, inputs.panel]
+  Scratch<A> bias;           // [G, H] of gx, and what a whole vector reads behind it
+  Scratch<E> x;              // [threads, strips, inputs.strip] of a step
+  Scratch<E> projections;    // [directions, outputs.count, outputs.panel]
+  Scratch<E> h;              // [teams, 2, strips, units.strip] h' of even and of odd steps
+  Scratch<E> m;              // [teams, strips, outputs.strip] m on its way into W_hr
+  Scratch<A> h_rows;         // [teams, 2, most_rows, units.row] the same, for weights as they lie
+  Scratch<A> m_rows;         // [teams, most_rows, outputs.row]
+  Scratch<A> columns;        // [threads, panels of sequences, units.row or outputs.row, kPanel]
+  Scratch<A> c;              // [teams, most_rows, units.count U]
+  Scratch<A> products;       // [teams, rows, units.count, G, U] W_hh h', where a whole row must be seen
+  Scratch<A> seen;           // [teams, most_rows, units.count, 2, U] c' and o, where all of c' must be seen
+  Scratch<A> norms;          // [teams, most_rows, 2] mean and rstd of what was normalised last
   Scratch<Meeting> meetings;
 };
 
-// Packs block i of all that belong to the directions: of W_hh, then of W_hr.
+// Packs block i of all: of W_hh, of W_ih where it is wanted, then of W_hr.
 template <typename T, RecurrentCell kFamily>
-void pack_weights(const RecurrentParams<T>& p, ForwardMemory<T, kFamily>& m, int64_t i) {
+void pack_weights(const RecurrentFwdParams<T>& p, ForwardMemory<T, kFamily>& m, int64_t i) {
   const int G = m.G;
   if (i < p.directions * m.units.count) {
     const RecurrentDirection<T>& w = p.direction[i / m.units.count];
@@ -69,8 +85,14 @@ void pack_weights(const RecurrentParams<T>& p, ForwardMemory<T, kFamily>& m, int
       pack_block<T>(w.w_hh + g * p.H * w.w_hh_row, w.w_hh_row, u0, p.H, p.P,
                     m.weights.get() + (i * G + g) * m.units.panel, m.units.panel);
     }
+  } else if (i -= p.directions* m.units.count; i < m.inputs.count) {
+    const RecurrentInput<T>& in = *p.input;
+    for (int g = 0; g < G; ++g) {
+      pack_block<T>(in.w_ih + g * p.H * in.w_ih_row, in.w_ih_row, i * kUnits<T>, p.H, in.F,
+                    m.input_weights.get() + (i * G + g) * m.inputs.panel, m.inputs.panel);
+    }
   } else {
-    i -= p.directions * m.units.count;
+    i -= m.inputs.count;
     const RecurrentDirection<T>& w = p.direction[i / m.outputs.count];
     pack_block<T>(w.w_hr, w.w_hr_row, i % m.outputs.count * kUnits<T>, p.P, p.H,
                   m.projections.get() + i * m.outputs.panel, m.outputs.panel);
@@ -82,6 +104,7 @@ class ForwardTeam {
   using A = acc_t<T>;
   using E = Element<T>;
   static constexpr int kMost = kGates<kFamily>, U = kUnits<T>, L = kLanes<A>, kStep = kStripStep<A>;
+  static constexpr int kMostColumns = kFamily == RecurrentCell::gru ? kMost + 1 : kMost;
 
   // A sequence at a step.
   struct Place {
@@ -110,6 +133,7 @@ class ForwardTeam {
     for (int64_t s = 0; s < p_.T_; ++s) {
       const int64_t t = walk_.step(s);
       const int active = walk_.active(t), parity = s % 2;
+      if (m_.folded) pack_input(t, active);
       for_each_tile(units_, active, [&](int64_t k, int r, int count) { tile(t, parity, k, r, count); });
       if (m_.normalised) {
         team_.wait();
@@ -132,9 +156,36 @@ class ForwardTeam {
  private:
   template <typename F>
   PYOPS_INLINE void for_each_tile(Range blocks, int rows, F&& f) {
+    const int group = m_.in_place ? kPanel<A> : kGroup * m_.strip_rows;
     for (int64_t k = blocks.begin; k < blocks.end; ++k) {
-      for (int r = 0; r < rows; r += m_.strip_rows) f(k, r, rows - r < m_.strip_rows ? rows - r : m_.strip_rows);
+      for (int r = 0; r < rows; r += group) f(k, r, rows - r < group ? rows - r : group);
     }
+  }
+  template <typename F>
+  PYOPS_INLINE void for_each_strip(int rows, F&& f) {
+    in_strips(rows, m_.strip_rows, f);
+  }
+  void multiply_in_place(const T* matrix, int64_t row, int matrices, int64_t H, int64_t inner, int64_t k, Range blocks,
+                         const A* x, int64_t x_row, int r, int count, A* products, int64_t products_row) {
+    if (m_.few) {
+      multiply_few<T>(matrix, row, matrices, H, inner, k * U, x, x_row, count, products, products_row);
+      return;
+    }
+    const int64_t thread = team_.slot * team_.threads + team_.index;
+    A* const panel = m_.columns.get() + (thread * round_up(m_.most_rows, kPanel<A>) + r) * x_row;
+    if (k == blocks.begin) pack_columns<T>(x, x_row, count, inner, panel);
+    multiply_columns<T>(matrix, row, matrices, H, inner, k * U, panel, count, products, products_row);
+  }
+  // x of step t, as strips of this thread.
+  void pack_input(int64_t t, int active) {
+    const RecurrentInput<T>& in = *p_.input;
+    const int64_t row = walk_.row(t, team_.sequence(1)) - walk_.row(t, team_.sequence(0));
+    for_each_strip(active, [&](int r, int of) {
+      const T* x = in.x + walk_.row(t, team_.sequence(r)) * in.x_row;
+      for (int64_t u0 = 0; u0 < in.F; u0 += U) {
+        pack_strip<T>(x + u0, row * in.x_row, u0, in.F, of, x_strip(r));
+      }
+    });
   }
   // The means of every row of which all is known, once for all blocks.
   template <typename RowOf>
@@ -151,6 +202,10 @@ class ForwardTeam {
   A* h_row(int parity, int r) {
     return m_.h_rows.get() + ((team_.slot * 2 + parity) * m_.most_rows + r) * m_.units.row;
   }
+  E* x_strip(int r) {
+    const int64_t thread = team_.slot * team_.threads + team_.index;
+    return m_.x.get() + (thread * m_.strips + r / m_.strip_rows) * m_.inputs.strip;
+  }
   E* m_strip(int r) { return m_.m.get() + (team_.slot * m_.strips + r / m_.strip_rows) * m_.outputs.strip; }
   A* m_row(int r) { return m_.m_rows.get() + (team_.slot * m_.most_rows + r) * m_.outputs.row; }
   A* c_of(int r) { return m_.c.get() + (team_.slot * m_.most_rows + r) * m_.units.count * U; }
@@ -164,11 +219,11 @@ class ForwardTeam {
 
   // Both copies of h' and c before the first step of each sequence: one that begins later finds its own untouched.
   void begin() {
-    alignas(kVectorBytes) T rows[kStep * U];
+    alignas(kVectorBytes) T rows[kGroupRows * U];
     for_each_tile(outputs_, team_.rows, [&](int64_t k, int r, int count) {
       for (int i = 0; i < count; ++i) send_initial(rows + i * U, team_.sequence(r + i), k * U);
-      send_strip(rows, 0, k, r, count);
-      send_strip(rows, 1, k, r, count);
+      send_strips(rows, 0, k, r, count);
+      send_strips(rows, 1, k, r, count);
     });
     if constexpr (kHasCells<kFamily>) {
       for_each_tile(units_, team_.rows, [&](int64_t k, int r, int count) {
@@ -195,17 +250,18 @@ class ForwardTeam {
     });
   }
   // Block k of `count` sequences from r on, to a copy of h'.
-  PYOPS_INLINE void send_strip(T* rows, int parity, int64_t k, int r, int count) {
+  __attribute__((noinline)) void send_strips(T* rows, int parity, int64_t k, int r, int count) {
     if (m_.in_place) {
       for (int i = 0; i < count; ++i) pack_row<T>(rows + i * U, k * U, p_.P, h_row(parity, r + i));
       return;
     }
     if (walk_.reverse && p_.offsets != nullptr) {
-      // The strip is packed as a whole, with the sequences that have not begun.
-      const int all = team_.rows - r < m_.strip_rows ? team_.rows - r : m_.strip_rows;
-      for (; count < all; ++count) send_initial(rows + count * U, team_.sequence(r + count), k * U);
+      // A strip is packed as a whole, with the sequences that have not begun.
+      const int all = static_cast<int>(round_up(count, m_.strip_rows)), left = team_.rows - r;
+      for (; count < all && count < left; ++count) send_initial(rows + count * U, team_.sequence(r + count), k * U);
     }
-    pack_strip<T>(rows, U, k * U, p_.P, count, h_strip(parity, r));
+    for_each_strip(count,
+                   [&](int i, int of) { pack_strip<T>(rows + i * U, U, k * U, p_.P, of, h_strip(parity, r + i)); });
   }
 
   Place place(int64_t t, int r) const {
@@ -225,25 +281,33 @@ class ForwardTeam {
 
   // Step t of `count` sequences from r on, for the units of block k.
   __attribute__((noinline)) void tile(int64_t t, int parity, int64_t k, int r, int count) {
-    alignas(kVectorBytes) A own[kTileRows * kMost * U];
+    alignas(kVectorBytes) A own[kGroupRows * kMostColumns * U];
     A* const products = m_.normalised ? products_of(k, r) : own;
-    const int64_t row = m_.normalised ? products_row() : G * U;
+    const int64_t row = m_.normalised ? products_row() : m_.columns_of_unit * U;
     if (m_.in_place) {
-      multiply_in_place<T>(w_.w_hh, w_.w_hh_row, G, p_.H, p_.P, k * U, h_row(parity, r), m_.units.row, count, products,
-                           row);
+      multiply_in_place(w_.w_hh, w_.w_hh_row, G, p_.H, p_.P, k, units_, h_row(parity, r), m_.units.row, r, count,
+                        products, row);
     } else {
-      multiply<Into::product, 1, kStep>(count, h_strip(parity, r),
-                                        m_.weights.get() + (team_.d * m_.units.count + k) * G * m_.units.panel,
-                                        m_.units.panel, m_.units.steps, products, row, G * U);
+      const E* weights = m_.weights.get() + (team_.d * m_.units.count + k) * G * m_.units.panel;
+      const auto h_of = [&](int i) PYOPS_ALWAYS_INLINE { return h_strip(parity, r + i); };
+      const auto x_of = [&](int i) PYOPS_ALWAYS_INLINE { return x_strip(r + i); };
+      for (int g = 0; g < G; ++g) {
+        multiply_panel<T>(m_.units, weights + g * m_.units.panel, count, m_.strip_rows, h_of, products + g * U, row);
+      }
+      for (int g = 0; m_.folded && g < G; ++g) {
+        const bool alone = kFamily == RecurrentCell::gru && g == 2;
+        multiply_panel<T>(m_.inputs, m_.input_weights.get() + (k * G + g) * m_.inputs.panel, count, m_.strip_rows, x_of,
+                          products + (alone ? g + 1 : g) * U, row, !alone);
+      }
     }
     if (m_.normalised) return;
-    alignas(kVectorBytes) T next[kStep * U];
+    alignas(kVectorBytes) T next[kGroupRows * U];
     for (int i = 0; i < count; ++i) units(place(t, r + i), r + i, k, products + i * row, next + i * U);
     deliver(next, parity, k, r, count);
   }
 
   __attribute__((noinline)) void normalised_tile(int64_t t, int parity, int64_t k, int r, int count) {
-    alignas(kVectorBytes) T next[kStep * U];
+    alignas(kVectorBytes) T next[kGroupRows * U];
     for (int i = 0; i < count; ++i) {
       Place at = place(t, r + i);
       at.mean = norm_of(r + i)[0], at.rstd = norm_of(r + i)[1];
@@ -253,7 +317,7 @@ class ForwardTeam {
   }
 
   __attribute__((noinline)) void cell_tile(int64_t t, int parity, int64_t k, int r, int count) {
-    alignas(kVectorBytes) T next[kStep * U];
+    alignas(kVectorBytes) T next[kGroupRows * U];
     for (int i = 0; i < count; ++i) {
       const Place at = place(t, r + i);
       const A mean = norm_of(r + i)[0], rstd = norm_of(r + i)[1];
@@ -270,14 +334,15 @@ class ForwardTeam {
   }
 
   __attribute__((noinline)) void projected_tile(int64_t t, int parity, int64_t k, int r, int count) {
-    alignas(kVectorBytes) A products[kTileRows * U];
-    alignas(kVectorBytes) T next[kStep * U];
+    alignas(kVectorBytes) A products[kGroupRows * U];
+    alignas(kVectorBytes) T next[kGroupRows * U];
     if (m_.in_place) {
-      multiply_in_place<T>(w_.w_hr, w_.w_hr_row, 1, p_.P, p_.H, k * U, m_row(r), m_.outputs.row, count, products, U);
+      multiply_in_place(w_.w_hr, w_.w_hr_row, 1, p_.P, p_.H, k, outputs_, m_row(r), m_.outputs.row, r, count, products,
+                        U);
     } else {
-      multiply<Into::product, 1, kStep>(count, m_strip(r),
-                                        m_.projections.get() + (team_.d * m_.outputs.count + k) * m_.outputs.panel,
-                                        m_.outputs.panel, m_.outputs.steps, products, U, U);
+      const auto m_of = [&](int i) PYOPS_ALWAYS_INLINE { return m_strip(r + i); };
+      multiply_panel<T>(m_.outputs, m_.projections.get() + (team_.d * m_.outputs.count + k) * m_.outputs.panel, count,
+                        m_.strip_rows, m_of, products, U);
     }
     for (int i = 0; i < count; ++i) {
       const Place at = place(t, r + i);
@@ -286,7 +351,7 @@ class ForwardTeam {
         put(at, zoneout, k, c, load(products + i * U + c, Full{}), next + i * U, lanes);
       });
     }
-    send_strip(next, 1 - parity, k, r, count);
+    send_strips(next, 1 - parity, k, r, count);
   }
 
   PYOPS_INLINE Zoneout<T> zoneout_of_h(const Place& at, int64_t k) const {
@@ -296,12 +361,14 @@ class ForwardTeam {
   // The units of block k of a row, from its products.
   __attribute__((noinline)) void units(const Place& at, int r, int64_t k, const A* products, T* next) {
     const int64_t H = p_.H;
-    const T* gx = w_.gx + at.n * w_.gx_row;
+    const T* gx = m_.folded ? nullptr : w_.gx + at.n * w_.gx_row;
     const Zoneout<T> of_h = zoneout_of_h(at, k);
     const Zoneout<T> of_c(p_, kHasCells<kFamily> ? p_.zoneout_c : A(0), 2 * (team_.d * p_.rows + at.n) + 1, k * U);
     for_each_vector<T>(H, k * U, [&](int c, auto lanes) PYOPS_ALWAYS_INLINE {
       const int64_t u = k * U + c;
-      const auto input = [&](int g) PYOPS_ALWAYS_INLINE { return load(gx + g * H + u, lanes); };
+      const auto input = [&](int g) PYOPS_ALWAYS_INLINE {
+        return gx == nullptr ? load(m_.bias.get() + g * H + u, Full{}) : load(gx + g * H + u, lanes);
+      };
       const auto product = [&](int g) PYOPS_ALWAYS_INLINE {
         const Vec<A> p = load(products + g * U + c, Full{});
         return m_.normalised ? (p - at.mean) * at.rstd * load(w_.ln_gates + g * H + u, lanes) : p;
@@ -318,7 +385,9 @@ class ForwardTeam {
       } else if constexpr (kFamily == RecurrentCell::gru) {
         const Vec<A> r = sigmoid<A>(input(0) + product(0)), z = sigmoid<A>(input(1) + product(1));
         const Vec<A> q = product(2) + load_or_zero(w_.b_n, u, lanes);
-        const Vec<A> n = tanh<A>(input(2) + r * q);
+        Vec<A> n = input(2) + r * q;
+        if (m_.folded) n += load(products + 3 * U + c, Full{});
+        n = tanh<A>(n);
         save(0, r);
         save(1, z);
         save(2, n);
@@ -379,11 +448,11 @@ class ForwardTeam {
   }
   PYOPS_INLINE void deliver(T* next, int parity, int64_t k, int r, int count) {
     if (!m_.projected) {
-      send_strip(next, 1 - parity, k, r, count);
+      send_strips(next, 1 - parity, k, r, count);
     } else if (m_.in_place) {
       for (int i = 0; i < count; ++i) pack_row<T>(next + i * U, k * U, p_.H, m_row(r + i));
     } else {
-      pack_strip<T>(next, U, k * U, p_.H, count, m_strip(r));
+      for_each_strip(count, [&](int i, int of) { pack_strip<T>(next + i * U, U, k * U, p_.H, of, m_strip(r + i)); });
     }
   }
 
@@ -396,102 +465,102 @@ class ForwardTeam {
   Range units_, outputs_;  // blocks of this thread
 };
 
-// gx of a call of a few rows.
+// Of gx, from column u on.
+template <typename T, typename Lanes>
+PYOPS_INLINE Vec<acc_t<T>> input_bias(const RecurrentInput<T>& p, int64_t u, Lanes lanes) {
+  const int64_t left = p.b_hh == nullptr ? 0 : p.added - u;
+  Vec<acc_t<T>> bias = load_or_zero(p.b_ih, u, lanes);
+  if (left >= kLanes<acc_t<T>>) {
+    bias += load(p.b_hh + u, lanes);
+  } else if (left > 0) {
+    bias += load(p.b_hh + u, Partial{static_cast<int>(left)});
+  }
+  return bias;
+}
+
+// gx, within the kernel.
 template <typename T>
 class Projection {
   using A = acc_t<T>;
-  using E = Element<T>;
   static constexpr int U = kUnits<T>;
 
  public:
-  Projection(const RecurrentInput<T>& p, int threads)
+  explicit Projection(const RecurrentInput<T>& p)
       : p_(p),
-        in_place_(p.rows <= kFewRows),
-        blocks_((p.columns + U - 1) / U, p.F, in_place_),
-        strips_((p.rows + kTileRows - 1) / kTileRows),
-        rows_(in_place_ ? p.rows * blocks_.row : 0),
-        packed_(strips_ * blocks_.strip),
-        panels_(threads * blocks_.panel) {}
+        few_(p.rows <= kFewRows),
+        group_(few_ ? static_cast<int>(kFewRows) : kPanel<A>),
+        row_(round_up(p.F, kLanes<A>)),
+        x_(round_up(p.rows, group_) * row_) {}
 
   void run(int index, int threads) {
-    const Range own = share(strips_, index, threads);
-    for (int64_t s = own.begin; s < own.end; ++s) prepare(s);
+    const Range own = share((p_.rows + group_ - 1) / group_, index, threads);
+    for (int64_t s = own.begin; s < own.end; ++s) prepare(s * group_);
     wait_for_all(threads);
-    const Range blocks = share(blocks_.count, index, threads);
-    for (int64_t k = blocks.begin; k < blocks.end; ++k) multiply_block(k, panels_.get() + index * blocks_.panel);
+    const Range blocks = share((p_.columns + U - 1) / U, index, threads);
+    for (int64_t k = blocks.begin; k < blocks.end; ++k) multiply_block(k);
     wait_for_all(threads);
   }
 
  private:
-  int rows_of(int64_t s) const {
-    const int64_t left = p_.rows - s * kTileRows;
-    return left < kTileRows ? static_cast<int>(left) : kTileRows;
-  }
+  int rows_from(int64_t r) const { return p_.rows - r < group_ ? static_cast<int>(p_.rows - r) : group_; }
+  A* group_at(int64_t r) { return x_.get() + r * row_; }
 
-  void prepare(int64_t s) {
-    const T* x = p_.x + s * kTileRows * p_.x_row;
-    for (int64_t u0 = 0; u0 < p_.F; u0 += U) {
-      if (!in_place_) {
-        pack_strip<T>(x + u0, p_.x_row, u0, p_.F, rows_of(s), packed_.get() + s * blocks_.strip);
-        continue;
-      }
-      for (int i = 0; i < rows_of(s); ++i) {
+  void prepare(int64_t r) {
+    const T* x = p_.x + r * p_.x_row;
+    if (!few_) return pack_columns<T>(x, p_.x_row, rows_from(r), p_.F, group_at(r));
+    for (int i = 0; i < rows_from(r); ++i) {
+      for (int64_t u0 = 0; u0 < p_.F; u0 += U) {
         for_each_vector<T>(p_.F, u0, [&](int c, auto lanes) PYOPS_ALWAYS_INLINE {
-          store(row_of(s) + i * blocks_.row + u0 + c, load(x + i * p_.x_row + u0 + c, lanes), Full{});
+          store(group_at(r + i) + u0 + c, load(x + i * p_.x_row + u0 + c, lanes), Full{});
         });
       }
     }
   }
-  A* row_of(int64_t s) { return rows_.get() + s * kTileRows * blocks_.row; }
 
-  void multiply_block(int64_t k, E* panel) {
-    alignas(kVectorBytes) A products[kTileRows * U];
-    if (!in_place_) pack_block<T>(p_.w_ih, p_.w_ih_row, k * U, p_.columns, p_.F, panel, blocks_.panel);
-    for (int64_t s = 0; s < strips_; ++s) {
-      const int rows = rows_of(s);
-      if (in_place_) {
-        multiply_in_place<T>(p_.w_ih, p_.w_ih_row, 1, p_.columns, p_.F, k * U, row_of(s), blocks_.row, rows, products,
-                             U);
+  void multiply_block(int64_t k) {
+    alignas(kVectorBytes) A products[kGroup * kTileRows * U];
+    for (int64_t r = 0; r < p_.rows; r += group_) {
+      const int rows = rows_from(r);
+      if (few_) {
+        multiply_few<T>(p_.w_ih, p_.w_ih_row, 1, p_.columns, p_.F, k * U, group_at(r), row_, rows, products, U);
       } else {
-        multiply<Into::product, 1, kStripStep<A>>(rows, packed_.get() + s * blocks_.strip, panel, blocks_.panel,
-                                                  blocks_.steps, products, U, U);
+        multiply_columns<T>(p_.w_ih, p_.w_ih_row, 1, p_.columns, p_.F, k * U, group_at(r), rows, products, U);
       }
       for_each_vector<T>(p_.columns, k * U, [&](int c, auto lanes) PYOPS_ALWAYS_INLINE {
-        const int64_t u = k * U + c, left = p_.b_hh == nullptr ? 0 : p_.added - u;
-        Vec<A> bias = load_or_zero(p_.b_ih, u, lanes);
-        if (left >= kLanes<A>) {
-          bias += load(p_.b_hh + u, lanes);
-        } else if (left > 0) {
-          bias += load(p_.b_hh + u, Partial{static_cast<int>(left)});
-        }
+        const int64_t u = k * U + c;
+        const Vec<A> bias = input_bias(p_, u, lanes);
         for (int i = 0; i < rows; ++i) {
-          store(p_.gx + (s * kTileRows + i) * p_.columns + u, load(products + i * U + c, Full{}) + bias, lanes);
+          store(p_.gx + (r + i) * p_.columns + u, load(products + i * U + c, Full{}) + bias, lanes);
         }
       });
     }
   }
 
   const RecurrentInput<T>& p_;
-  const bool in_place_;
-  Blocks<T> blocks_;
-  int64_t strips_;
-  Scratch<A> rows_;    // [rows, blocks.row], or
-  Scratch<E> packed_;  // [strips, blocks.strip]
-  Scratch<E> panels_;  // [threads, blocks.panel]
+  const bool few_;
+  const int group_;    // rows of x that lie together: as they are, or as columns
+  const int64_t row_;  // numbers of a row, up to whole vectors
+  Scratch<A> x_;       // [rows, row_]
 };
 
 template <typename T, RecurrentCell kFamily>
 void forward(const RecurrentFwdParams<T>& p) {
   const Division division(p, gates_of<kFamily>(p.cell));
   ForwardMemory<T, kFamily> memory(p, division);
+  const bool projects = p.input != nullptr && !memory.folded;
   const RecurrentInput<T> none{};
-  Projection<T> projection(p.input == nullptr ? none : *p.input, division.threads);
+  Projection<T> projection(projects ? *p.input : none);
+  for (int64_t u0 = 0; memory.folded && u0 < p.input->columns; u0 += kUnits<T>) {
+    for_each_vector<T>(p.input->columns, u0, [&](int c, auto lanes) PYOPS_ALWAYS_INLINE {
+      store(memory.bias.get() + u0 + c, input_bias(*p.input, u0 + c, lanes), Full{});
+    });
+  }
   in_parallel(division.threads, [&](int index, int count) {
     if (!memory.in_place) {
-      const int64_t blocks = p.directions * (memory.units.count + memory.outputs.count);
+      const int64_t blocks = p.directions * (memory.units.count + memory.outputs.count) + memory.inputs.count;
       for (int64_t i = index; i < blocks; i += count) pack_weights(p, memory, i);
     }
-    if (p.input != nullptr) {
+    if (projects) {
       projection.run(index, count);
     } else if (!memory.in_place) {
       wait_for_all(count);

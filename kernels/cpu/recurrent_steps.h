@@ -32,11 +32,14 @@ inline int saved_of(RecurrentCell cell) {
   return cell == RecurrentCell::coupled ? 3 : kSaved<kFamily>;
 }
 
-// Up to this many rows, weights that are read once are read as they lie: packing them costs as much as 12 rows of the
-// product, and a row of sums of lanes as much as 60 numbers of it.
-constexpr int64_t kFewRows = 32;
+// Weights that are read once are read as they lie, and met by rows of x as they lie up to this many, else by columns of
+// x: sums of lanes cost as much as 60 numbers of a row, and vectors of columns may be half empty.
+constexpr int64_t kFewRows = 12;
 
-// Units of one tile: the products of a tile are [kTileRows, G, kUnits].
+// Strips that a part of a panel serves, of kNearSteps steps: 12 KB that stay in the nearest cache beside the strips.
+constexpr int kGroup = 4, kGroupRows = kGroup * kTileRows, kNearSteps = 96;
+
+// Units of one block: its products are [rows, G, kUnits].
 template <typename T>
 constexpr int kUnits = kTileVectors * kLanes<acc_t<T>>;
 
@@ -81,16 +84,16 @@ struct Division {
 
   template <typename T>
   Division(const RecurrentParams<T>& p, int products) {
-    constexpr int64_t kLeastProducts = 1 << 15;  // of a thread
+    constexpr int64_t kLeastProducts = 1 << 17;  // of a thread
     constexpr int64_t kLeastTeam = 8;            // sequences
     constexpr int64_t kNearBytes = 2 << 20;
-    const int64_t work = p.rows * p.directions * p.H * p.P;
+    const int64_t work = p.rows * p.directions * p.H * p.P * products;
     threads = work / kLeastProducts < p.num_threads ? static_cast<int>(work / kLeastProducts) : p.num_threads;
     threads = threads < 1 ? 1 : threads;
     const int wanted = (threads + p.directions - 1) / p.directions;
     // Beyond a core's own cache, the threads share the weights rather than the sequences.
     const bool near = p.H * p.P * products * static_cast<int64_t>(sizeof(acc_t<T>)) <= kNearBytes;
-    const bool by_rows = near && p.B >= wanted * kLeastTeam;
+    const bool by_rows = near && p.T_ > 1 && p.B >= wanted * kLeastTeam;
     chunks = by_rows ? wanted : 1;
     teams = p.directions * chunks;
     team_threads = teams >= threads ? 1 : threads / teams;
@@ -259,6 +262,32 @@ PYOPS_INLINE void pack_row(const T* from, int64_t u0, int64_t n, acc_t<T>* row) 
     store(row + u0 + c, load(from + c, Full{}), Full{});
 }
 
+template <typename F>
+PYOPS_INLINE void in_strips(int rows, int strip_rows, F&& f) {
+  for (int i = 0; i < rows; i += strip_rows) f(i, rows - i < strip_rows ? rows - i : strip_rows);
+}
+
+// A panel of weights with `count` sequences, added to what is there if told to. A part of the panel serves all of their
+// strips while it lies in the nearest cache.
+template <typename T, typename StripOf>
+PYOPS_INLINE void multiply_panel(const Blocks<T>& blocks, const Element<T>* weights, int count, int strip_rows,
+                                 StripOf&& strip_of, acc_t<T>* to, int64_t row, bool adds = false) {
+  using E = Element<T>;
+  constexpr int kStep = kStripStep<acc_t<T>>;
+  const int part = count <= strip_rows ? blocks.steps : kNearSteps;
+  for (int j = 0; j < blocks.steps; j += part) {
+    const int steps = blocks.steps - j < part ? blocks.steps - j : part;
+    in_strips(count, strip_rows, [&](int i, int of) PYOPS_ALWAYS_INLINE {
+      const E *a = strip_of(i) + j * kStep, *b = weights + j * kPanel<E>;
+      if (j == 0 && !adds) {
+        multiply<Into::product, 1, kStep>(of, a, b, 0, steps, to + i * row, row, kUnits<T>);
+      } else {
+        multiply<Into::add, 1, kStep>(of, a, b, 0, steps, to + i * row, row, kUnits<T>);
+      }
+    });
+  }
+}
+
 // The G products of the units from u0 on with `count` rows x, from matrices [H, inner] as they lie, one behind the
 // other: kRows rows with as many of a matrix as there are lanes for their sums.
 template <int kRows, typename T>
@@ -307,12 +336,91 @@ __attribute__((noinline)) void multiply_rows(const T* matrix, int64_t row, int G
   }
 }
 template <typename T>
-void multiply_in_place(const T* matrix, int64_t row, int G, int64_t H, int64_t inner, int64_t u0, const acc_t<T>* x,
-                       int64_t x_row, int count, acc_t<T>* products, int64_t products_row) {
+void multiply_few(const T* matrix, int64_t row, int G, int64_t H, int64_t inner, int64_t u0, const acc_t<T>* x,
+                  int64_t x_row, int count, acc_t<T>* products, int64_t products_row) {
   constexpr int kMost = kLanes<acc_t<T>> >= 16 ? 4 : kLanes<acc_t<T>> >= 4 ? 2 : 1;
   auto *const with = count == 1 ? &multiply_rows<1, T> : count == 2 ? &multiply_rows < kMost / 2 ? 2 : 1,
               T > : &multiply_rows<kMost, T>;
   with(matrix, row, G, H, inner, u0, x, x_row, count, products, products_row);
+}
+
+// The same for a panel of columns: up to kPanel rows x, transposed (pack_columns).
+template <int V, typename T>
+PYOPS_INLINE void multiply_columns_tile(const T* const* w, int64_t inner, const acc_t<T>* panel, acc_t<T>* sums) {
+  using A = acc_t<T>;
+  constexpr int R = 2 * kLeastRows, L = kLanes<A>, kPart = 128;
+  Vec<A> sum[R][V] = {};
+  for (int64_t k0 = 0; k0 < inner; k0 += kPart) {
+    const int64_t part = inner - k0 < kPart ? inner - k0 : kPart;
+    const A* from[R];
+    alignas(kVectorBytes) A wide[sizeof(T) == sizeof(A) ? 1 : R * kPart];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      if constexpr (sizeof(T) == sizeof(A)) {
+        from[r] = w[r] + k0;
+      } else {
+        for (int64_t k = 0; k < part; k += L) {
+          const int64_t left = part - k;
+          store(wide + r * kPart + k,
+                left >= L ? load(w[r] + k0 + k, Full{}) : load(w[r] + k0 + k, Partial{static_cast<int>(left)}), Full{});
+        }
+        from[r] = wide + r * kPart;
+      }
+    }
+    for (int64_t k = 0; k < part; ++k, panel += kPanel<A>) {
+      Vec<A> x[V];
+#pragma GCC unroll 2
+      for (int v = 0; v < V; ++v) x[v] = load(panel + v * L, Full{});
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 2
+        for (int v = 0; v < V; ++v) sum[r][v] += splat(from[r][k]) * x[v];
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) store(sums + r * kPanel<A> + v * L, sum[r][v], Full{});
+  }
+}
+template <typename T>
+__attribute__((noinline)) void multiply_columns(const T* matrix, int64_t row, int G, int64_t H, int64_t inner,
+                                                int64_t u0, const acc_t<T>* panel, int count, acc_t<T>* products,
+                                                int64_t products_row) {
+  using A = acc_t<T>;
+  constexpr int R = 2 * kLeastRows, L = kLanes<A>, U = kUnits<T>;
+  alignas(kVectorBytes) A sums[U * kPanel<A>];
+  for (int g = 0; g < G; ++g) {
+    for (int i = 0; i < U && u0 + i < H; i += R) {
+      const T* w[R];
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) w[r] = matrix + (g * H + (u0 + i + r < H ? u0 + i + r : H - 1)) * row;
+      if (count > L) {
+        multiply_columns_tile<2, T>(w, inner, panel, sums + i * kPanel<A>);
+      } else {
+        multiply_columns_tile<1, T>(w, inner, panel, sums + i * kPanel<A>);
+      }
+    }
+    for (int c = 0; c < U; c += L) {
+      for (int j = 0; j < count; j += L) {
+        Vec<A> block[L];
+#pragma GCC unroll 16
+        for (int i = 0; i < L; ++i) block[i] = load(sums + (c + i) * kPanel<A> + j, Full{});
+        transpose<A>(block);
+#pragma GCC unroll 16
+        for (int i = 0; i < L; ++i) {
+          if (j + i < count) store(products + (j + i) * products_row + g * U + c, block[i], Full{});
+        }
+      }
+    }
+  }
+}
+// Up to kPanel rows as the columns of a panel.
+template <typename T, typename X>
+__attribute__((noinline)) void pack_columns(const X* rows, int64_t row, int count, int64_t inner, acc_t<T>* panel) {
+  using A = acc_t<T>;
+  pack_transposed<kPanel<A>, A, X>([&](int j) { return rows + j * row; }, count, inner, A(1), panel, 0);
 }
 
 // ---- norms ----

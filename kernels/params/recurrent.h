@@ -69,7 +69,8 @@ struct RecurrentParams {
   int num_threads;
 };
 
-// What gx is made of, for calls of a few rows: a matrix product of their own would cost more to start than to compute.
+// What gx is made of, where a kernel makes it: for calls of a few rows, whose matrix product would cost more to start
+// than to compute, and where both weights fit into a core's own cache, so that no gx is needed.
 template <typename T>
 struct RecurrentInput {
   const T* x;     // [rows, F]
@@ -77,7 +78,7 @@ struct RecurrentInput {
   int64_t x_row, w_ih_row;
   const T* b_ih;                    // [G H] or null
   const T* b_hh;                    // [G H] or null; its first `added` numbers are added (a GRU's last H are b_n)
-  T* gx;                            // [rows, G H]
+  T* gx;                            // [rows, G H], or null: each step makes its own, of more than one sequence
   int64_t rows, columns, F, added;  // columns: G H
 };
 
@@ -105,6 +106,21 @@ struct RecurrentBwdParams : RecurrentParams<T> {
   acc_t<T>* dln_cell[2];        // like ln_cell, or null
   acc_t<T>* dh0;                // [directions, B, P]
   acc_t<T>* dc0;                // [directions, B, H] or null
+};
+
+// The gradients that are products over the rows, of a small call of one direction whose rows stand in the order of its
+// steps. Each is null where it is not wanted.
+template <typename T>
+struct RecurrentGradients {
+  const T *dgx, *dp;  // [rows, columns]
+  const T* x;         // [rows, F]
+  const T* w_ih;      // [columns, F]
+  int64_t x_row, w_ih_row;
+  const T* y;   // [rows, P]
+  const T* h0;  // [B, P] or null: 0
+  int64_t rows, columns, F, B, P;
+  T *dx, *dw_ih, *dw_hh;  // like x, W_ih and W_hh, dense
+  int num_threads;
 };
 
 }  // namespace pyops
