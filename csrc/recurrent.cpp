@@ -348,7 +348,7 @@ int64_t recurrent_bwd_workspace(const TensorView& gx, const TensorView& w_hh, co
 #ifndef PYOPS_SIMT
 // ---- the common call: one layer without options on plain, dense CPU tensors. Checked, allocated and run in one step.
 
-// Products of x and W_ih from which on torch's matrix product is faster than ours of a few rows.
+// Products of x and W_ih from which on torch's matrix product is faster than ours.
 constexpr int64_t kFewProducts = 1 << 26;
 // Both weights within a core's second cache, with room for the rest.
 constexpr int64_t kNearBytes = 3 << 19;
@@ -394,7 +394,8 @@ struct LayerCall {
            is_state(h0) && (cell.has_cells ? is_state(c0) : !c0) &&
            (is_cell || steps * batch * columns * F < kFewProducts || is_folded());
   }
-  // Whether no gx is formed: both weights of a thread stay in its core's second cache.
+  // Whether no gx is formed: both weights of a thread stay in its core's second cache. Fewer than 8 sequences a thread
+  // have the kernel divide the units (Division in kernels/cpu/recurrent_steps.h).
   bool is_folded() const {
     const int64_t shared = batch < 8 * threads ? threads : 1;
     return steps > 1 && batch > 1 && (F + H) * cell.gates * H * (x.t.dtype.bits == 64 ? 8 : 4) / shared <= kNearBytes;
@@ -522,8 +523,7 @@ py::object recurrent_forward(const std::string& cell, py::handle x, py::handle h
   return py::make_tuple(std::move(y), std::move(h_n), std::move(c_n));
 }
 
-// Up to this many products of a gradient, of weights of this size, ours are as fast as torch's matrix products or
-// faster.
+// Up to this many products of a gradient, with a matrix of this size, ours are as fast as torch's matrix products.
 constexpr int64_t kFewGradients = 1 << 26, kFewWeights = 1 << 19;
 
 // Of such a call (dx, dw_ih, dw_hh, db_ih, db_hh, dh0, dc0), the last four in the accumulation type, each None where it
@@ -575,7 +575,8 @@ py::object recurrent_backward(const std::string& cell, const py::tuple& saved, c
   const auto is_rows = [&](const TensorView& v, int64_t n) {
     return same_dtype(v, x) && v.is_contiguous() && v.numel() == n * H;
   };
-  if (!in_order || rows * columns * F > kFewGradients || columns * F > kFewWeights || !is_matrix(w_ih, x, columns, F) ||
+  const int64_t weights = columns * std::max(F, H);
+  if (!in_order || rows * weights > kFewGradients || weights > kFewWeights || !is_matrix(w_ih, x, columns, F) ||
       !is_matrix(x, x, rows, F) || (h0 && !is_rows(h0, batch)) || (steps > 1 && !is_rows(y, rows))) {
     return py::make_tuple(std::move(dgx), std::move(dp), std::move(dbias), std::move(dh0), std::move(dc0));
   }

@@ -923,6 +923,8 @@ def _common_dtype(op: str, x: Tensor, h: Tensor | None, c: Tensor | None, packed
     if x.is_cpu and (op in ("gru", "gru_cell", "lstm_cell") or (op == "lstm" and packed)):
         state = h if op.startswith("gru") else c
         return torch.promote_types(dtype, (x if state is None else state).dtype)
+    if x.is_cpu and op == "lstm" and x.dtype.itemsize == 2:
+        return torch.promote_types(dtype, x.dtype)
     return dtype
 
 

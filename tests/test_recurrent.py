@@ -12,7 +12,7 @@ import simt
 import torch
 from conftest import TARGETS, Target
 from oracle import Oracle
-from recurrent_cases import BF16, F16, F32, F64, Case, inputs, judge, on, results
+from recurrent_cases import BF16, F16, F32, F64, Case, inputs, judge, on, results, valid
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence
@@ -360,7 +360,7 @@ def test_cells_of_all_sizes(kind: str, threads: int) -> None:
             )  # fmt: skip
 
 
-@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("kind", ["lstm", "gru", "rnn"])
 def test_plain_layers_of_all_sizes(kind: str, threads: int) -> None:
     """Where the kernel makes gx itself, of one sequence or step by step, and the gradients of the weights and of x."""
@@ -384,12 +384,17 @@ def test_plain_layers_of_all_sizes(kind: str, threads: int) -> None:
         return outputs | {f"d{n}": g for n, g in zip(given, torch.autograd.grad(total, list(given.values())))}
 
     with Oracle(f"{kind} layer") as oracle:
-        for (T, B, F, H), dtype, plain in itertools.product(sizes, (F64, F32, BF16, F16), (True, False)):
+        for (T, B, F, H), dtype, plain, batch_first in itertools.product(
+            sizes, (F64, F32, BF16, F16), (True, False), (False, True)
+        ):
             if dtype.itemsize == 2 and B * H < 100:
                 continue  # the largest of few errors is a matter of luck
             torch.manual_seed(B + H)
-            options = {"batch_first": not plain}
-            tensors = {"x": torch.randn(*((T, B) if plain else (B, T)), F), "w_ih": torch.randn(G * H, F) * F**-0.5}
+            options = {"batch_first": batch_first}
+            tensors = {
+                "x": torch.randn(*((B, T) if batch_first else (T, B)), F),
+                "w_ih": torch.randn(G * H, F) * F**-0.5,
+            }
             tensors |= {"w_hh": torch.randn(G * H, H) * H**-0.5}
             if plain:
                 tensors |= {"b_ih": torch.randn(G * H), "b_hh": torch.randn(G * H)}
@@ -400,9 +405,25 @@ def test_plain_layers_of_all_sizes(kind: str, threads: int) -> None:
                 alone = run(tensors, **options)
             assert all(torch.equal(a, mine[n]) for n, a in alone.items())
             oracle.check_all(
-                f"{kind} {dtype} T={T} B={B} F={F} H={H} plain={plain}", mine, run(tensors, backend="eager", **options),
+                f"{kind} {dtype} T={T} B={B} F={F} H={H} plain={plain} {options}", mine,
+                run(tensors, backend="eager", **options),
                 run({n: t.double() for n, t in tensors.items()}, backend="eager", **options),
             )  # fmt: skip
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn_tanh"])
+def test_one_step_of_many_sequences(cell: str, threads: int) -> None:
+    """Rows as columns, by one thread or several for each direction."""
+    torch.set_num_threads(threads)
+    for B, H, D, option in itertools.product((13, 33, 70), (9, 100), (1, 2), ({}, {"norm": True}, {"proj": True})):
+        case = Case(cell, 1, B, H, directions=D, **option)
+        if not valid(case):
+            continue
+        tensors = inputs(case)
+        expected, found = results(case, tensors, "definition"), results(case, tensors, "cpu")
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-10, atol=1e-10, msg=f"{case} {name}")
 
 
 def test_the_common_call_is_one_step(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -466,9 +487,9 @@ def test_states_of_a_cell_may_be_changed(backend: Target, kind: str, options: di
                 hx, last = (tuple(t * done for t in s) if isinstance(s, tuple) else s * done for s in (hx, last))
         parameters = [*cell.parameters(), *layer.parameters()]
         found.append(torch.autograd.grad(sum(t.sum() for t in flat((hx, last))), parameters, create_graph=True))
+        found[-1] += torch.autograd.grad(sum(g.square().sum() for g in found[-1]), parameters)
     for a, b in zip(*found):
         torch.testing.assert_close(a, b)
-    sum(g.square().sum() for g in found[1]).backward()
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -220,7 +220,7 @@ PYOPS_INLINE void pack_rows(RowOf&& row_of, int count, int64_t n, E* panels, int
         const int64_t bytes = (n - c < L ? n - c : L) * sizeof(T);
         __builtin_memcpy(&halves[0], first + c, bytes);
         if (second != nullptr) __builtin_memcpy(&halves[1], second + c, bytes);
-        v = __builtin_convertvector(halves[0], U32) | (__builtin_convertvector(halves[1], U32) << 16);
+        v = widen_bits(halves[0]) | (widen_bits(halves[1]) << 16);
       } else {
         v = n - c >= L ? load(first + c, Full{}) : load(first + c, Partial{static_cast<int>(n - c)});
       }

@@ -128,7 +128,7 @@ class BackwardTeam {
   using A = acc_t<T>;
   using E = Element<T>;
   using Memory = BackwardMemory<T, kFamily>;
-  static constexpr int kMost = kGates<kFamily>, U = kUnits<T>, L = kLanes<A>, kStep = kStripStep<A>;
+  static constexpr int kMost = kGates<kFamily>, U = kUnits<T>, L = kLanes<A>;
 
   // A sequence, and where it stands: it has had a step after t (`visited`), and has step t (`active`) or is done.
   struct Place {
@@ -295,7 +295,7 @@ class BackwardTeam {
       const Zoneout<T> zoneout(p_, p_.zoneout_h, 2 * (team_.d * p_.rows + at.n), k * U);
       T* const row = next + i * G * U;
       if (active > 0) __builtin_memset(row, 0, G * U * sizeof(T));
-      if (at.before >= 0) fetch(at.before, k);
+      if (!m_.projected && at.before >= 0) fetch(at.before, k);
       A* const direct = direct_of(r + i) + k * U;
       for_each_vector<T>(p_.P, k * U, [&](int c, auto lanes) PYOPS_ALWAYS_INLINE {
         const int64_t u = k * U + c;

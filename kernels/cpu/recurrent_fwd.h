@@ -1,7 +1,7 @@
 // Forward: the steps of a layer, one after the other, in one parallel region.
 //
 // W_hh is packed once, so that the G products of kUnits units lie together and a tile's epilogue has all that a unit
-// needs. A single sequence, or a single step of a few, reads W_hh as it lies instead: packing it costs several steps.
+// needs. A single sequence or step reads W_hh as it lies instead: packing it costs several steps.
 #pragma once
 #include "recurrent_steps.h"
 
@@ -12,7 +12,6 @@ struct ForwardMemory {
   using A = acc_t<T>;
   using E = Element<T>;
   static constexpr int U = kUnits<T>;
-  static constexpr int kStep = kStripStep<A>;
 
   ForwardMemory(const RecurrentFwdParams<T>& p, const Division& division)
       : G(gates_of<kFamily>(p.cell)),
@@ -31,15 +30,16 @@ struct ForwardMemory {
         weights(p.directions * units.count * G * units.panel),
         input_weights(inputs.count * G * inputs.panel),
         bias(folded ? G * p.H + U : 0),
-        x(folded ? division.threads * strips * inputs.strip : 0),
+        x(folded ? division.teams * division.team_threads * strips * inputs.strip : 0),
         projections(p.directions * outputs.count * outputs.panel),
         h(division.teams * 2 * strips * units.strip),
         m(division.teams * strips * outputs.strip),
         h_rows(in_place ? division.teams * 2 * most_rows * units.row : 0),
         m_rows(in_place && projected ? division.teams * most_rows * outputs.row : 0),
-        columns(in_place && !few ? division.threads * round_up(most_rows, kPanel<A>) *
-                                       (units.row > outputs.row ? units.row : outputs.row)
-                                 : 0),
+        team_columns(in_place && !few
+                         ? round_up(most_rows, kPanel<A>) * (units.row > outputs.row ? units.row : outputs.row)
+                         : 0),
+        columns(division.teams * team_columns),
         c(kHasCells<kFamily> ? division.teams * most_rows * units.count * U : 0),
         products(normalised ? division.teams * strips * strip_rows * units.count * G * U : 0),
         seen(normalised && kHasCells<kFamily> ? division.teams * most_rows * units.count * 2 * U : 0),
@@ -66,11 +66,12 @@ struct ForwardMemory {
   Scratch<E> m;              // [teams, strips, outputs.strip] m on its way into W_hr
   Scratch<A> h_rows;         // [teams, 2, most_rows, units.row] the same, for weights as they lie
   Scratch<A> m_rows;         // [teams, most_rows, outputs.row]
-  Scratch<A> columns;        // [threads, panels of sequences, units.row or outputs.row, kPanel]
-  Scratch<A> c;              // [teams, most_rows, units.count U]
-  Scratch<A> products;       // [teams, rows, units.count, G, U] W_hh h', where a whole row must be seen
-  Scratch<A> seen;           // [teams, most_rows, units.count, 2, U] c' and o, where all of c' must be seen
-  Scratch<A> norms;          // [teams, most_rows, 2] mean and rstd of what was normalised last
+  int64_t team_columns;
+  Scratch<A> columns;   // [teams, team_columns]: panels of sequences, of units.row or outputs.row steps
+  Scratch<A> c;         // [teams, most_rows, units.count U]
+  Scratch<A> products;  // [teams, rows, units.count, G, U] W_hh h', where a whole row must be seen
+  Scratch<A> seen;      // [teams, most_rows, units.count, 2, U] c' and o, where all of c' must be seen
+  Scratch<A> norms;     // [teams, most_rows, 2] mean and rstd of what was normalised last
   Scratch<Meeting> meetings;
 };
 
@@ -103,7 +104,7 @@ template <typename T, RecurrentCell kFamily>
 class ForwardTeam {
   using A = acc_t<T>;
   using E = Element<T>;
-  static constexpr int kMost = kGates<kFamily>, U = kUnits<T>, L = kLanes<A>, kStep = kStripStep<A>;
+  static constexpr int kMost = kGates<kFamily>, U = kUnits<T>;
   static constexpr int kMostColumns = kFamily == RecurrentCell::gru ? kMost + 1 : kMost;
 
   // A sequence at a step.
@@ -134,6 +135,7 @@ class ForwardTeam {
       const int64_t t = walk_.step(s);
       const int active = walk_.active(t), parity = s % 2;
       if (m_.folded) pack_input(t, active);
+      pack_as_columns(h_row(parity, 0), m_.units.row, p_.P);
       for_each_tile(units_, active, [&](int64_t k, int r, int count) { tile(t, parity, k, r, count); });
       if (m_.normalised) {
         team_.wait();
@@ -147,6 +149,7 @@ class ForwardTeam {
       }
       if (m_.projected) {
         team_.wait();
+        pack_as_columns(m_row(0), m_.outputs.row, p_.H);
         for_each_tile(outputs_, active, [&](int64_t k, int r, int count) { projected_tile(t, parity, k, r, count); });
       }
       team_.wait();
@@ -165,16 +168,23 @@ class ForwardTeam {
   PYOPS_INLINE void for_each_strip(int rows, F&& f) {
     in_strips(rows, m_.strip_rows, f);
   }
-  void multiply_in_place(const T* matrix, int64_t row, int matrices, int64_t H, int64_t inner, int64_t k, Range blocks,
-                         const A* x, int64_t x_row, int r, int count, A* products, int64_t products_row) {
+  void multiply_in_place(const T* matrix, int64_t row, int matrices, int64_t H, int64_t inner, int64_t k, const A* x,
+                         int64_t x_row, int r, int count, A* products, int64_t products_row) {
     if (m_.few) {
       multiply_few<T>(matrix, row, matrices, H, inner, k * U, x, x_row, count, products, products_row);
-      return;
+    } else {
+      multiply_columns<T>(matrix, row, matrices, H, inner, k * U, columns_at(r, x_row), count, products, products_row);
     }
-    const int64_t thread = team_.slot * team_.threads + team_.index;
-    A* const panel = m_.columns.get() + (thread * round_up(m_.most_rows, kPanel<A>) + r) * x_row;
-    if (k == blocks.begin) pack_columns<T>(x, x_row, count, inner, panel);
-    multiply_columns<T>(matrix, row, matrices, H, inner, k * U, panel, count, products, products_row);
+  }
+  A* columns_at(int r, int64_t x_row) { return m_.columns.get() + team_.slot * m_.team_columns + r * x_row; }
+  // The rows that the next product meets as columns.
+  void pack_as_columns(const A* x, int64_t x_row, int64_t inner) {
+    if (!m_.in_place || m_.few) return;
+    for (int r = team_.index * kPanel<A>; r < team_.rows; r += team_.threads * kPanel<A>) {
+      const int count = team_.rows - r < kPanel<A> ? team_.rows - r : kPanel<A>;
+      pack_columns<T>(x + r * x_row, x_row, count, inner, columns_at(r, x_row));
+    }
+    team_.wait();
   }
   // x of step t, as strips of this thread.
   void pack_input(int64_t t, int active) {
@@ -285,8 +295,8 @@ class ForwardTeam {
     A* const products = m_.normalised ? products_of(k, r) : own;
     const int64_t row = m_.normalised ? products_row() : m_.columns_of_unit * U;
     if (m_.in_place) {
-      multiply_in_place(w_.w_hh, w_.w_hh_row, G, p_.H, p_.P, k, units_, h_row(parity, r), m_.units.row, r, count,
-                        products, row);
+      multiply_in_place(w_.w_hh, w_.w_hh_row, G, p_.H, p_.P, k, h_row(parity, r), m_.units.row, r, count, products,
+                        row);
     } else {
       const E* weights = m_.weights.get() + (team_.d * m_.units.count + k) * G * m_.units.panel;
       const auto h_of = [&](int i) PYOPS_ALWAYS_INLINE { return h_strip(parity, r + i); };
@@ -337,8 +347,7 @@ class ForwardTeam {
     alignas(kVectorBytes) A products[kGroupRows * U];
     alignas(kVectorBytes) T next[kGroupRows * U];
     if (m_.in_place) {
-      multiply_in_place(w_.w_hr, w_.w_hr_row, 1, p_.P, p_.H, k, outputs_, m_row(r), m_.outputs.row, r, count, products,
-                        U);
+      multiply_in_place(w_.w_hr, w_.w_hr_row, 1, p_.P, p_.H, k, m_row(r), m_.outputs.row, r, count, products, U);
     } else {
       const auto m_of = [&](int i) PYOPS_ALWAYS_INLINE { return m_strip(r + i); };
       multiply_panel<T>(m_.outputs, m_.projections.get() + (team_.d * m_.outputs.count + k) * m_.outputs.panel, count,
@@ -518,7 +527,7 @@ class Projection {
   }
 
   void multiply_block(int64_t k) {
-    alignas(kVectorBytes) A products[kGroup * kTileRows * U];
+    alignas(kVectorBytes) A products[kGroupRows * U];
     for (int64_t r = 0; r < p_.rows; r += group_) {
       const int rows = rows_from(r);
       if (few_) {

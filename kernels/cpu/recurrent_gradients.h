@@ -56,7 +56,8 @@ void gradients(const RecurrentGradients<T>& p) {
   const int64_t useful = p.rows * p.columns * (p.F + p.P) / kLeastProducts;
   const int threads = useful < 1 ? 1 : useful < p.num_threads ? static_cast<int>(useful) : p.num_threads;
   const int64_t unit_tiles = tiles_of((p.columns + threads - 1) / threads), row_tiles = tiles_of(p.rows);
-  const int64_t of_weights = unit_tiles * round_up(p.rows, L), of_x = row_tiles * round_up(p.columns, L);
+  const int64_t of_weights = unit_tiles * round_up(p.rows, L);
+  const int64_t of_x = p.dx == nullptr ? 0 : row_tiles * round_up(p.columns, L);
   const int64_t strip_size = (of_weights > of_x ? of_weights : of_x) * kStep;
   const int64_t sum_size = (unit_tiles > row_tiles ? unit_tiles : row_tiles) * kTileRows * kPanel<A>;
   Scratch<A> strips(threads * strip_size), sums(threads * sum_size);
@@ -91,8 +92,8 @@ void gradients(const RecurrentGradients<T>& p) {
     } else if (p.dw_hh != nullptr) {
       __builtin_memset(static_cast<void*>(p.dw_hh + units.begin * p.P), 0, count * p.P * sizeof(T));
     }
-    if (p.dx != nullptr) {
-      const Range columns = share(p.F, index, threads);
+    const Range columns = share(p.F, index, threads);
+    if (p.dx != nullptr && columns.begin < columns.end) {
       const auto pack = [&](int64_t r, int of, A* strip) {
         pack_transposed<kStep, A, T>([&](int i) { return p.dgx + (r + i) * p.columns; }, of, p.columns, A(1), strip, 0);
       };

@@ -262,6 +262,10 @@ PYOPS_INLINE void pack_row(const T* from, int64_t u0, int64_t n, acc_t<T>* row) 
     store(row + u0 + c, load(from + c, Full{}), Full{});
 }
 
+template <typename A>
+constexpr bool kGroupsFit = kPanel<A> <= kGroupRows && kFewRows <= kGroupRows;
+static_assert(kGroupsFit<float> && kGroupsFit<double>, "a group of rows holds those that meet weights as they lie");
+
 template <typename F>
 PYOPS_INLINE void in_strips(int rows, int strip_rows, F&& f) {
   for (int i = 0; i < rows; i += strip_rows) f(i, rows - i < strip_rows ? rows - i : strip_rows);

@@ -49,14 +49,32 @@ PYOPS_INLINE Vec<A> splat(A a) {
 
 // ---- conversion between storage and accumulation vectors ----
 
-PYOPS_INLINE Vec<float> widen(U16 v, bf16) { return bit_cast<Vec<float>>(__builtin_convertvector(v, U32) << 16); }
+// g++ 12 makes five instructions of __builtin_convertvector.
+PYOPS_INLINE U32 widen_bits(U16 v) {
+#if PYOPS_VECTOR_BYTES == 64
+  return bit_cast<U32>(_mm512_cvtepu16_epi32(bit_cast<__m256i>(v)));
+#elif PYOPS_VECTOR_BYTES == 32
+  return bit_cast<U32>(_mm256_cvtepu16_epi32(bit_cast<__m128i>(v)));
+#else
+  return __builtin_convertvector(v, U32);
+#endif
+}
+PYOPS_INLINE U16 narrow_bits(U32 v) {
+#if PYOPS_VECTOR_BYTES == 64
+  return bit_cast<U16>(_mm512_cvtepi32_epi16(bit_cast<__m512i>(v)));
+#else
+  return __builtin_convertvector(v, U16);
+#endif
+}
+
+PYOPS_INLINE Vec<float> widen(U16 v, bf16) { return bit_cast<Vec<float>>(widen_bits(v) << 16); }
 
 // Round to nearest even; NaN keeps its sign and becomes quiet. vcvtneps2bf16 is not used: it flushes denormals.
 PYOPS_INLINE U16 narrow(Vec<float> v, bf16) {
   const U32 bits = bit_cast<U32>(v);
   const U32 rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   const U32 quiet = (bits >> 16) | 0x40;
-  return __builtin_convertvector(v != v ? quiet : rounded, U16);
+  return narrow_bits(v != v ? quiet : rounded);
 }
 
 PYOPS_INLINE Vec<float> widen(U16 v, f16) {
