@@ -50,6 +50,7 @@ SHAPES = [
     ((20, 32, 512), "lstm", {"group": BATCH}, False),
     ((20, 32, 1024), "lstm", {"group": BATCH}, False),
     ((20, 64, 256), "lstm", {"group": BATCH}, False),
+    ((200, 16, 64), "lstm", {"group": BATCH, "label": "8 features", "features": 8}, False),
     ((20, 1, 64), "gru", {"group": REST}, True),
     ((100, 8, 256), "gru", {"group": REST}, False),
     ((100, 32, 128), "gru", {"group": REST}, False),
@@ -70,10 +71,11 @@ SHAPES = [
 GATES = {"lstm": 4, "gru": 3, "rnn": 1}
 
 
-def recurrent(shape, function: str, dtype: torch.dtype, packed=False, proj=0, **fields):
+def recurrent(shape, function: str, dtype: torch.dtype, packed=False, proj=0, features=0, **fields):
     T, B, H = shape
     kind = function.removesuffix("_cell")
     is_cell, G, P = function.endswith("_cell"), GATES[kind], proj or H
+    n_in = features or H
     sizes = [B] * T
     if packed:  # lengths from a quarter of T to T
         lengths = torch.linspace(T, T / 4, B).long()
@@ -86,8 +88,8 @@ def recurrent(shape, function: str, dtype: torch.dtype, packed=False, proj=0, **
             made = torch.randn(size, generator=generator, device=device, dtype=torch.float32) * scale
             return made.to(dtype).requires_grad_()
 
-        x = randn(B, H) if is_cell else randn(rows, H) if packed else randn(T, B, H)
-        named = {"x": x, "w_ih": randn(G * H, H, scale=H**-0.5), "w_hh": randn(G * H, P, scale=P**-0.5)}
+        x = randn(B, n_in) if is_cell else randn(rows, n_in) if packed else randn(T, B, n_in)
+        named = {"x": x, "w_ih": randn(G * H, n_in, scale=H**-0.5), "w_hh": randn(G * H, P, scale=P**-0.5)}
         named |= {"b_ih": randn(G * H, scale=H**-0.5), "b_hh": randn(G * H, scale=H**-0.5)}
         if proj:
             named["w_hr"] = randn(P, H, scale=H**-0.5)
@@ -133,12 +135,12 @@ def recurrent(shape, function: str, dtype: torch.dtype, packed=False, proj=0, **
         return run
 
     size = dtype.itemsize
-    weights, io = G * H * (H + P) * size, rows * (H + P) * size
-    flops = 2 * rows * G * H * (H + P)
+    weights, io = G * H * (n_in + P) * size, rows * (n_in + P) * size
+    flops = 2 * rows * G * H * (n_in + P)
     nbytes = {"fwd": weights + io, "bwd": 2 * (weights + io), "fwd_bwd": 3 * (weights + io)}
     counted = {"fwd": flops, "bwd": 2 * flops, "fwd_bwd": 3 * flops}
     fields = {"modes": ("fwd", "fwd_bwd"), "nbytes": nbytes, "flops": counted} | fields
-    fields["params"] = {"steps": T, "packed": packed, "proj": proj}
+    fields["params"] = {"steps": T, "packed": packed, "proj": proj, "features": n_in}
     outputs = ("h", "c") if function == "lstm_cell" else ("h",) if is_cell else ("y", "h", "c")[: G // 4 + 2]
     return Case(
         OP, function, shape=shape, dtype=dtype, inputs=inputs, eager=eager, ours=ours, outputs=outputs, **fields

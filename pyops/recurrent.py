@@ -20,6 +20,7 @@ from .autograd import fail as _fail
 from .autograd import present as _present
 from .backend import (
     FLOATING,
+    check_name,
     choose,
     cpu_kernels,
     functorch_active,
@@ -902,7 +903,7 @@ def _check_reset(op: str, reset: object, input: Tensor | PackedSequence, x: Tens
             _fail(op, "reset", "have the lengths and the order of input", f"batch sizes {reset.batch_sizes.tolist()}")
     mark = reset.data if packed else reset
     if not isinstance(mark, Tensor) or mark.dtype != torch.bool:
-        _fail(op, "reset", "be bool", getattr(mark, "dtype", type(mark).__name__), TypeError)
+        _fail(op, "reset", "be a bool tensor", getattr(mark, "dtype", type(mark).__name__), TypeError)
     if tuple(mark.shape) != lead:
         _fail(op, "reset", f"have shape {lead}", tuple(mark.shape))
     if mark.device != x.device:
@@ -1431,9 +1432,14 @@ _OPTIONS = ("layer_norm", "peephole", "coupled", "zoneout", "recurrent_dropout",
 def _check_module_options(op: str, has_cells: bool, options: dict[str, Any]) -> None:
     cell, zoneout = "lstm" if has_cells else "gru", options.get("zoneout", 0.0)
     _options(op, cell, None, None, zoneout, options.get("recurrent_dropout", 0.0), options.get("eps", 1e-5), False)
+    for name in ("layer_norm", "peephole", "coupled", "return_states"):
+        if not isinstance(options.get(name, False), bool):
+            _fail(op, name, "be a bool", repr(options[name]), TypeError)
     for name in ("peephole", "coupled"):
         if options.get(name) and not has_cells:
             _fail(op, name, "be False: only an LSTM has it", options[name])
+    if options.get("backend") is not None:
+        check_name(op, options["backend"])
 
 
 def _check_names(op: str, known: tuple[str, ...], given: dict[str, Any]) -> None:
@@ -1544,7 +1550,9 @@ class LSTM(_Sequence):
             ``norm_cell_l0`` (rows: weight, bias) and ``peephole_l0`` (and so on for each layer and direction).
         coupled, zoneout, recurrent_dropout, eps, return_states, backend: as in :func:`pyops.lstm`.
 
-    ``forward(input, hx=None, *, reset=None)``; ``train()`` and ``eval()`` govern zoneout and dropout. Differs from
+    ``forward(input, hx=None, *, reset=None)``; ``train()`` and ``eval()`` govern zoneout and dropout. Norms start as 1
+    (the bias of the cell's as 0), the peepholes like the weights; a state_dict without them is loaded with
+    ``strict=False``. With ``batch_first`` dropout between layers draws other units than torch's. Differs from
     torch.nn.LSTM: it is no subclass of it (such a class cannot be compiled as one graph), but of torch.nn.RNNBase, so
     ``isinstance(module, torch.nn.LSTM)`` is False, after :func:`pyops.replace` too; the options, and what
     :func:`pyops.lstm` names.
@@ -1656,6 +1664,8 @@ class LSTMCell(_Cell, nn.LSTMCell):
     Args: those of torch.nn.LSTMCell, and as keywords
         layer_norm, peephole: with parameters ``norm_ih``, ``norm_hh``, ``norm_cell`` and ``weight_peephole``.
         coupled, zoneout, eps, backend: as in :func:`pyops.lstm_cell`.
+
+    There is no ``reset``: set the states of finished sequences to zero yourself, in place if you like.
     """
 
     def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:

@@ -832,6 +832,8 @@ def autocast(module: torch.nn.Module, *args: object) -> object:
 
 
 BAD = [
+    (lambda: pyops.nn.LSTM(4, 5, backend="gpu"), "LSTM: backend must be one of"),
+    (lambda: pyops.nn.GRUCell(4, 5, layer_norm=0.1), "GRUCell: layer_norm must be a bool, got 0.1"),
     (lambda: pyops.lstm("x", None, W), "lstm: input must be a torch.Tensor, got str"),
     (lambda: pyops.lstm(X[None], None, W), "lstm: input must have 2 dimensions (a sequence) or 3"),
     (lambda: pyops.lstm(X.int(), None, W), "lstm: input must have dtype float64, float32, bfloat16 or float16, got"),
@@ -846,7 +848,7 @@ BAD = [
     (lambda: pyops.lstm(X, None, W, dropout=1.5), "lstm: dropout must lie in [0, 1], got 1.5"),
     (lambda: pyops.lstm(X, None, W, zoneout=-0.1), "lstm: zoneout must lie in [0, 1], got -0.1"),
     (lambda: pyops.lstm(X, None, W, recurrent_dropout="a"), "lstm: recurrent_dropout must be a number, got str"),
-    (lambda: pyops.lstm(X, None, W, reset=torch.zeros(3, 2)), "lstm: reset must be bool, got torch.float32"),
+    (lambda: pyops.lstm(X, None, W, reset=torch.zeros(3, 2)), "lstm: reset must be a bool tensor, got torch.float32"),
     (lambda: pyops.lstm(X, None, W, reset=torch.zeros(3, dtype=torch.bool)), "lstm: reset must have shape (3, 2)"),
     (lambda: pyops.lstm(X, None, W, peepholes=[torch.zeros(2, 5)]), "lstm: peepholes[0] must have shape (3, 5), got"),
     (lambda: pyops.lstm(X, None, W, norms=[None]), "lstm: norms[0] must be (norm_ih, norm_hh, norm_cell), the weights"),

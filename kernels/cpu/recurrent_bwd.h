@@ -229,18 +229,18 @@ class BackwardTeam {
 
   // Of a single sequence, for the team's columns.
   void multiply_dp(int parity) {
-    const int64_t begin = outputs_.begin * U, end = outputs_.end * U < p_.P ? outputs_.end * U : p_.P;
+    const int64_t begin = outputs_.begin * U, last = outputs_.end * U, end = last < p_.P ? last : p_.P;
     A* const products = product_row(0);
-    for (int64_t c = begin; c < end; ++c) products[c] = 0;
+    for (int64_t c = begin; c < last; ++c) products[c] = 0;
     for (int g = 0; g < G; ++g) {
       add_rows(w_.w_hh + g * p_.H * w_.w_hh_row, w_.w_hh_row, p_.H, dp_row(parity) + g * m_.width, begin, end,
                products);
     }
   }
   void multiply_dm() {
-    const int64_t begin = units_.begin * U, end = units_.end * U < p_.H ? units_.end * U : p_.H;
+    const int64_t begin = units_.begin * U, last = units_.end * U, end = last < p_.H ? last : p_.H;
     A* const products = product_row(1);
-    for (int64_t c = begin; c < end; ++c) products[c] = 0;
+    for (int64_t c = begin; c < last; ++c) products[c] = 0;
     add_rows(w_.w_hr, w_.w_hr_row, p_.P, dm_row(), begin, end, products);
   }
 

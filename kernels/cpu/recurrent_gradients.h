@@ -17,7 +17,7 @@ void multiply_rows_of(Pack&& pack, int64_t rows, RowOf&& row_of, int64_t steps, 
                       acc_t<T>* strips, acc_t<T>* sums) {
   using A = acc_t<T>;
   constexpr int L = kLanes<A>, U = kPanel<A>, kStep = kStripStep<A>;
-  alignas(kVectorBytes) A panel[kBlockSteps * U];
+  alignas(kVectorBytes) A panel[kBlockSteps * U] = {};  // what is not packed is multiplied: denormals would be slow
   const auto rows_from = [&](int64_t r) { return rows - r < kTileRows ? static_cast<int>(rows - r) : kTileRows; };
   const auto strip_of = [&](int64_t r) { return strips + r / kTileRows * round_up(steps, L) * kStep; };
   for (int64_t r = 0; r < rows; r += kTileRows) pack(r, rows_from(r), strip_of(r));

@@ -300,8 +300,9 @@ __attribute__((noinline)) void multiply_rows(const T* matrix, int64_t row, int G
                                              int64_t products_row) {
   using A = acc_t<T>;
   constexpr int L = kLanes<A>, kOthers = L / kRows;
+  const int64_t whole = round_up(H, L);  // the rest of a vector is computed with: chance denormals would be slow
   for (int g = 0; g < G; ++g) {
-    for (int v = 0; v < kUnits<T> && u0 + v < H; v += kOthers) {
+    for (int v = 0; v < kUnits<T> && u0 + v < whole; v += kOthers) {
       const T* w[kOthers];
 #pragma GCC unroll 16
       for (int i = 0; i < kOthers; ++i) {
@@ -396,7 +397,7 @@ __attribute__((noinline)) void multiply_columns(const T* matrix, int64_t row, in
   constexpr int R = 2 * kLeastRows, L = kLanes<A>, U = kUnits<T>;
   alignas(kVectorBytes) A sums[U * kPanel<A>];
   for (int g = 0; g < G; ++g) {
-    for (int i = 0; i < U && u0 + i < H; i += R) {
+    for (int i = 0; i < U && u0 + i < round_up(H, L); i += R) {
       const T* w[R];
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) w[r] = matrix + (g * H + (u0 + i + r < H ? u0 + i + r : H - 1)) * row;
