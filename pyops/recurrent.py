@@ -917,7 +917,8 @@ def _autocast(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 def _common_dtype(op: str, x: Tensor, h: Tensor | None, c: Tensor | None, packed: bool = False) -> torch.dtype:
     """torch's rule under autocast: its dtype. But on the CPU torch casts the products of a GRU, an LSTM cell and a
-    packed LSTM alone, and the result has the dtype of what they are added to; float64 stays."""
+    packed LSTM alone, and the result has the dtype of what they are added to; a dense LSTM keeps what either type of 16
+    bits holds; float64 stays."""
     if not is_autocast(x.device.type) or x.dtype == torch.float64:
         return x.dtype
     dtype = torch.get_autocast_dtype(x.device.type)

@@ -706,7 +706,7 @@ def test_autocast(backend: Target, kind: str, cell: bool) -> None:
     mine.load_state_dict(theirs.state_dict())
     x, h = torch.randn(3, 2, 4), torch.randn(1, 2, 5)
     x, h = (x[0], h[0]) if cell else (x, h)
-    given = [(x, None), (x.bfloat16(), None), (x, h), (x, h.bfloat16())]
+    given = [(x, None), (x.bfloat16(), None), (x.half(), None), (x, h), (x, h.bfloat16())]
     given += [] if cell else [(pack_padded_sequence(x, torch.tensor([3, 2])), None)]
     for x, h in given:
         hx = h if h is None or kind != "LSTM" else (h, h)
